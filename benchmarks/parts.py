@@ -96,7 +96,7 @@ def rows(options: argparse.Namespace, experts: dict[str, str], folder: Path) -> 
         for place in range(len(domains)):
             runs.run(ORACLE, forced(mixture, place), domains=[place])
         tally = RoutingTally(mixture, runs.texts)
-        runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=tally.add)
+        runs.run(MERGED, mixture.runnable, mixture=mixture, tally=tally)
         share = recovered({**first.sums, MERGED: runs.sums[MERGED]}, runs.texts.domains)
         right = np.mean([tally.of(place).accuracy for place in range(len(domains))])
         yield cells(

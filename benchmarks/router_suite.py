@@ -141,7 +141,7 @@ class Bench:
         seconds = time.perf_counter() - start
         tally = RoutingTally(mixture, self.runs.texts)
         replaced = mixture.with_rows(name, rows.__getitem__)
-        self.runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)
+        self.runs.run(name, replaced.runnable, mixture=replaced, tally=tally)
         accuracy = [tally.of(place).accuracy for place in range(len(mixture.experts))]
         return {"losses": as_lists(self.runs.sums[name]), "accuracy": accuracy, "seconds": seconds}
 

@@ -91,7 +91,7 @@ def table(experts: ExpertSet, mixture: MixtureModel, runs: Runs, methods: list[s
         rows, seconds = experts.rows(experts.config(mode, given))
         tally = RoutingTally(mixture, runs.texts)
         replaced = mixture.with_rows(name, rows.__getitem__)
-        runs.run(name, replaced.runnable, mixture=replaced, chosen=tally.add)
+        runs.run(name, replaced.runnable, mixture=replaced, tally=tally)
         yield line(name, runs, tally, f"{seconds:.0f} s")
 
 

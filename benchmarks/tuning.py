@@ -124,7 +124,7 @@ def main() -> None:
 def judged(name: str, model: Path, runs: Runs, tuned: TuningResult | None) -> list[str]:
     mixture = open_mixture(model)
     tally = RoutingTally(mixture, runs.texts)
-    runs.run(name, mixture.runnable, mixture=mixture, chosen=tally.add)
+    runs.run(name, mixture.runnable, mixture=mixture, tally=tally)
     return line(name, runs, tally, tuned)
 
 

@@ -1,10 +1,11 @@
 """Processes of a Ray cluster, on one machine or several."""
 
 import os
+import platform
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -42,18 +43,18 @@ class Cluster:
         return sum(node["Alive"] and "CPU" in node["Resources"] for node in self.ray.nodes())
 
     @contextmanager
-    def actors(self, kind: type, arguments: tuple[Any, ...], count: int, of_gpu: bool) -> Iterator[list[Any]]:
-        """A context with `count` processes, each with an object of `kind` that is made of `arguments`.
+    def actors(self, kind: type, arguments: Sequence[tuple[Any, ...]], of_gpu: bool) -> Iterator[list[Any]]:
+        """A context with processes, each with an object of `kind` that is made of its own `arguments`.
 
         The CPUs of the cluster are shared out to them evenly. A process that dies is begun anew, and is asked again for
         what it had not finished, twice at most.
         """
         shares = {
-            "num_cpus": max(1, int(self.ray.cluster_resources().get("CPU", 1)) // count),
+            "num_cpus": max(1, int(self.ray.cluster_resources().get("CPU", 1)) // len(arguments)),
             "num_gpus": int(of_gpu),
         }
         made = self.ray.remote(kind).options(**shares, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
-        actors = [made.remote(*arguments) for _ in range(count)]
+        actors = [made.remote(*given) for given in arguments]
         try:
             yield actors
         finally:
@@ -154,7 +155,7 @@ class Cluster:
             progress: called with the number of results that are there, and all of them.
 
         Raises:
-            MoemergeError: a process failed, and so did those that took its place.
+            MoemergeError: what was called raised it, or a process failed, and so did those that took its place.
         """
         left = list(waiting)
         while left:
@@ -162,9 +163,35 @@ class Cluster:
             _, left = self.ray.wait(left)
         progress(len(waiting), len(waiting))
         try:
-            return list(self.ray.get(waiting))
+            return [self._get(reference) for reference in waiting]
         except self.ray.exceptions.RayError as error:
             raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
+
+
+@contextmanager
+def files_of_all_machines() -> Iterator[None]:
+    """A context, in a process of a cluster, that says of a file which is not there what machine lacks it.
+
+    Raises:
+        RefusedError: a file is not there.
+    """
+    try:
+        yield
+    except MoemergeError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise RefusedError(
+            f"--ray: {platform.node()} has no {error.__cause__.filename}. Every process reads the models itself: they "
+            "have to be at the same paths on all machines, as on a file system that these share."
+        ) from error
+
+
+def hands_of(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deal the numbers of texts out by their lengths, so that all hands get about as much; none is empty."""
+    held: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
+        min(held, key=lambda hand: sum(lengths[one] for one in hand)).append(number)
+    return [sorted(hand) for hand in held]
 
 
 def import_ray() -> Any:

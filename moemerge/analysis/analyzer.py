@@ -70,9 +70,9 @@ def open_for_analysis(references: Sequence[str], request: AnalysisRequest, annou
         RouterError: it has no tokenizer, which text needs.
     """
     if request.documents:  # before weights are downloaded
-        from moemerge.passes.device import find_device
+        from moemerge.passes.device import find_devices
 
-        find_device(request.settings.device)
+        find_devices(request.settings.device)
     folders = [open_model(reference, announce) for reference in references]
     dense = request.beside
     opened = []
@@ -149,9 +149,11 @@ def _analyze_text(opened: Opened, progress: Progress) -> tuple[TextFigures | Non
     if not opened.text:
         return None, ()
     from moemerge.analysis.text import analyze_text
+    from moemerge.evaluation.processes import processes_of
 
-    generate = opened.request.generate
-    found = analyze_text(*opened.text, generate=generate, progress=progress)
+    generate, settings = opened.request.generate, opened.request.settings
+    with processes_of(settings.ray, settings.workers, opened.text[2]) as processes:
+        found = analyze_text(*opened.text, generate=generate, progress=progress, processes=processes)
     if generate and found.generated is None:
         return found, (f"{opened.reference}: nothing was generated, since every text ended at once",)
     return found, ()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moemerge.analysis.figures import Numbers
 from moemerge.evaluation.expert_outputs import Expert
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.sharing_out import shared_out
 
 # Numbers of all experts' outputs for a block of tokens, 128 MB; a block has at least, and at most, so many tokens.
 _NUMBERS: Final = 2**25
@@ -35,54 +36,97 @@ class LayerOutputs:
     """Share of each expert's intermediate states that are near 0 (expert,)."""
 
 
-def measure_outputs(
-    experts: Sequence[Expert], numbers: Sequence[int], inputs: torch.Tensor, chosen: torch.Tensor, compute: Compute
-) -> LayerOutputs:
+@dataclass(frozen=True)
+class OutputSums:
+    """Sums over tokens of what all experts of a layer make of them; those of other tokens can be added."""
+
+    lengths: torch.Tensor
+    """Length of each output (token, expert)."""
+    near: torch.Tensor
+    """Share of each expert's intermediate states that are near 0 (expert,), summed over the tokens."""
+    sums: torch.Tensor
+    """Sums of cosines (kind, expert, expert): of all tokens, of those that choose both experts, and neither."""
+    counts: torch.Tensor
+    """Numbers of these tokens (kind, expert, expert)."""
+
+    def figures(self, numbers: Sequence[int], count: int) -> LayerOutputs:
+        """The figures of experts with some numbers among `count`."""
+        similarity = [_spread(each, numbers, count) for each in (self.sums / self.counts).numpy()]
+        return LayerOutputs(
+            similarity[0],
+            similarity[1],
+            similarity[2],
+            _columns(self.lengths.double().numpy(), numbers, count),
+            _columns((self.near / len(self.lengths)).numpy(), numbers, count),
+        )
+
+
+def sum_outputs(experts: Sequence[Expert], inputs: torch.Tensor, chosen: torch.Tensor, compute: Compute) -> OutputSums:
     """Compute the outputs of all experts for all tokens, a block of tokens at a time.
 
     Args:
         experts: the experts that the layer has.
-        numbers: their numbers among all experts.
         inputs: what enters the experts (token, hidden).
-        chosen: 1 where a token chooses an expert, else 0 (token, expert of all experts).
-        compute: the device and dtype to compute in.
+        chosen: 1 where a token chooses an expert, else 0 (token, expert of these).
+        compute: the devices and dtype to compute in.
     """
     count, (tokens, hidden) = len(experts), inputs.shape
     step = max(_FEWEST, min(_MOST, _NUMBERS // (count * hidden)))
     sums, counts = torch.zeros(3, count, count, dtype=torch.float64), torch.zeros(3, count, count, dtype=torch.float64)
     lengths = torch.zeros(tokens, count)
-    near = np.zeros(count)
-    made = torch.empty(count, min(step, tokens), hidden, device=compute.device)
-    with torch.inference_mode():
-        for first in range(0, tokens, step):
-            span = slice(first, first + step)
-            states = inputs[span].to(device=compute.device, dtype=compute.dtype)
-            block = made[:, : len(states)]
-            for place, expert in enumerate(experts):
-                activated = expert.activated(states)
-                near[place] += int(torch.count_nonzero(activated.abs() < _NEAR))
-                block[place] = expert.output(states, activated)
-            # Squares of what is very small or large would be 0 or infinite.
-            largest = torch.linalg.vector_norm(block, torch.inf, dim=2, keepdim=True)
-            block /= largest.clamp_min(torch.finfo(block.dtype).tiny)
-            gram = torch.einsum("eth,fth->tef", block, block)
-            length = gram.diagonal(dim1=1, dim2=2).sqrt()
-            lengths[span] = (length * largest[:, :, 0].T).cpu()
-            cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
-            mine = chosen[span, list(numbers)].to(compute.device, torch.float32)
-            for place, weights in enumerate((torch.ones_like(mine), mine, 1 - mine)):
-                sums[place] += (cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu()
-                nothing = weights * (length == 0)
-                counts[place] += (weights.T @ weights - nothing.T @ nothing).cpu()
-    similarity = [_spread(each, numbers, chosen.shape[1]) for each in (sums / counts).numpy()]
-    width = experts[0].gate.shape[0]
-    return LayerOutputs(
-        similarity[0],
-        similarity[1],
-        similarity[2],
-        _columns(lengths.double().numpy(), numbers, chosen.shape[1]),
-        _columns(near / (tokens * width), numbers, chosen.shape[1]),
-    )
+    near = torch.zeros(count, dtype=torch.float64)
+    spans = [slice(first, first + step) for first in range(0, tokens, step)]
+    computes = compute.each[: len(spans)]
+    copies = [experts, *([expert.on(other.device) for expert in experts] for other in computes[1:])]
+    rooms = [torch.empty(count, min(step, tokens), hidden, device=one.device) for one in computes]
+
+    def measured(device: int, span: slice) -> _Block:
+        states = inputs[span].to(device=rooms[device].device, dtype=compute.dtype)
+        return _measure_block(copies[device], states, chosen[span], rooms[device][:, : len(states)])
+
+    for span, block in zip(spans, shared_out(measured, spans, len(computes)), strict=True):
+        near += block.near
+        lengths[span] = block.lengths
+        sums += block.sums
+        counts += block.counts
+    return OutputSums(lengths, near / experts[0].gate.shape[0], sums, counts)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What was measured of some tokens; sums are over all of them, over those that choose both, and neither."""
+
+    near: torch.Tensor
+    """Number of each expert's intermediate states that are near 0 (expert,)."""
+    lengths: torch.Tensor
+    """Length of each output (token, expert)."""
+    sums: torch.Tensor
+    """Sums of cosines (kind, expert, expert)."""
+    counts: torch.Tensor
+    """Numbers of tokens (kind, expert, expert)."""
+
+
+@torch.inference_mode()
+def _measure_block(experts: Sequence[Expert], states: torch.Tensor, chosen: torch.Tensor, room: torch.Tensor) -> _Block:
+    """Measure the outputs of all experts for states (token, hidden), in the room for them (expert, token, hidden)."""
+    near = torch.zeros(len(experts), dtype=torch.int64)
+    for place, expert in enumerate(experts):
+        activated = expert.activated(states)
+        near[place] = int(torch.count_nonzero(activated.abs() < _NEAR))
+        room[place] = expert.output(states, activated)
+    # Squares of what is very small or large would be 0 or infinite.
+    largest = torch.linalg.vector_norm(room, torch.inf, dim=2, keepdim=True)
+    room /= largest.clamp_min(torch.finfo(room.dtype).tiny)
+    gram = torch.einsum("eth,fth->tef", room, room)
+    length = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = gram / (length[:, :, None] * length[:, None, :]).clamp_min(torch.finfo(gram.dtype).tiny)
+    mine = chosen.to(room.device, torch.float32)
+    sums, counts = [], []
+    for weights in (torch.ones_like(mine), mine, 1 - mine):
+        sums.append((cosines * weights[:, :, None] * weights[:, None, :]).sum(dim=0).cpu())
+        nothing = weights * (length == 0)
+        counts.append((weights.T @ weights - nothing.T @ nothing).cpu())
+    return _Block(near, (length * largest[:, :, 0].T).cpu(), torch.stack(sums), torch.stack(counts))
 
 
 def _spread(values: Numbers, numbers: Sequence[int], count: int) -> Numbers:

@@ -1,5 +1,6 @@
 """What a mixture does with text: its router's choices and all experts' outputs, a layer at a time."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import Numbers, TextFigures
 from moemerge.analysis.generated import generated_load
-from moemerge.analysis.output_figures import correlate, count_ranks, longest_first, measure_outputs
+from moemerge.analysis.output_figures import OutputSums, correlate, count_ranks, longest_first, sum_outputs
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.expert_outputs import ExpertOutputs
-from moemerge.evaluation.layer_tokens import LayerTokens, run_by_layer
+from moemerge.evaluation.layer_parts import LayerPart, measure_by_layer
+from moemerge.evaluation.layer_tokens import LayerTokens
+from moemerge.evaluation.processes import Processes
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.generation.loading import check_memory
 from moemerge.passes.compute_dtype import Compute
@@ -26,6 +29,7 @@ def analyze_text(
     *,
     generate: int = 0,
     progress: Progress = lambda _task, _done, _total: None,
+    processes: Processes | None = None,
 ) -> TextFigures:
     """Run a mixture over text, and measure choices and outputs of all its experts for all tokens.
 
@@ -39,6 +43,7 @@ def analyze_text(
         compute: the device and dtype to run in.
         generate: how many tokens are generated after the beginning of a few windows of each domain.
         progress: called with the layers done and all there are, and then with what is generated.
+        processes: the processes that share the text; None for this one alone, which generates in any case.
 
     Raises:
         CheckpointError: the mixture's files are damaged, or its numbers are not finite.
@@ -47,31 +52,52 @@ def analyze_text(
     """
     if generate:  # refused before what takes long
         check_memory(mixture.runnable, compute, free_memory(compute.device))
-    tally = _Tally(mixture, texts, compute)
-    run_by_layer(
-        mixture,
-        texts,
-        compute,
-        tally.add,
-        lambda done, total: progress(Task("layers", "the whole mixture"), done, total),
-    )
+    tally = _Tally(mixture, texts)
+    told = partial(progress, Task("layers", "the whole mixture"))
+    measure_by_layer(mixture, texts, compute, _Measure, tally.add, told, processes)
     load, made = generated_load(mixture, texts, compute, generate, progress) if generate else (None, 0)
     return tally.found(load if made else None, made)
+
+
+def _present(mixture: MixtureModel, layer: int) -> list[int]:
+    """Numbers of the experts that a layer has."""
+    absent = set(mixture.absent(layer))
+    return [expert for expert in range(len(mixture.experts)) if expert not in absent]
+
+
+class _Measure:
+    """Measures the outputs of all experts of a layer."""
+
+    def __init__(self, mixture: MixtureModel, compute: Compute) -> None:
+        self._mixture, self._compute = mixture, compute
+        self._outputs = ExpertOutputs(mixture, compute)
+
+    def __call__(self, tokens: LayerTokens) -> LayerPart:
+        numbers = _present(self._mixture, tokens.layer)
+        experts = [self._outputs.expert(tokens.layer, number) for number in numbers]
+        chosen = torch.zeros(tokens.logits.shape).scatter_(1, tokens.experts, 1.0)[:, numbers]
+        made = sum_outputs(experts, tokens.inputs, chosen, self._compute)
+        by_token = {name: getattr(tokens, name) for name in ("experts", "weights", "logits")}
+        sums = {name: getattr(made, name) for name in ("near", "sums", "counts")}
+        return LayerPart({**by_token, "lengths": made.lengths}, sums)
 
 
 class _Tally:
     """Collects the figures of each layer."""
 
-    def __init__(self, mixture: MixtureModel, texts: Texts, compute: Compute) -> None:
-        self._mixture, self._texts, self._compute = mixture, texts, compute
-        self._outputs = ExpertOutputs(mixture, compute)
+    def __init__(self, mixture: MixtureModel, texts: Texts) -> None:
+        self._mixture, self._texts = mixture, texts
+        masks = [torch.tensor(window.counted) for window in texts.windows]
+        self._ids = torch.cat([torch.tensor(w.ids)[mask] for w, mask in zip(texts.windows, masks, strict=True)]).numpy()
+        self._domain = np.repeat(texts.domain, [int(mask.sum()) for mask in masks])
         self._layers: list[dict[str, Any]] = []
         self._pairs: list[tuple[float, float]] = []
         self._last: LayerChoices | None = None
 
-    def add(self, tokens: LayerTokens) -> None:
-        """Measure a layer."""
-        choices = self._choices(tokens)
+    def add(self, layer: int, part: LayerPart) -> None:
+        """Add what was measured of a layer."""
+        numbers = _present(self._mixture, layer)
+        choices = self._choices(part, numbers)
         by_token, by_majority = choices.by_token()
         self._layers.append(
             {
@@ -82,7 +108,7 @@ class _Tally:
                 "entropy": choices.entropy(),
                 "by_token": by_token,
                 "by_majority": by_majority,
-                **self._measure(tokens, choices),
+                **self._measured(part, numbers, choices),
             }
         )
         if self._last:
@@ -90,20 +116,18 @@ class _Tally:
             self._pairs.append((agreement(self._last.first, choices.first), same))
         self._last = choices
 
-    def _choices(self, tokens: LayerTokens) -> LayerChoices:
-        present = np.ones(len(self._mixture.experts), bool)
-        present[self._mixture.absent(tokens.layer)] = False
-        return LayerChoices(
-            tokens.ids.numpy(), tokens.domain.numpy(), tokens.experts.numpy(), tokens.weights.double().numpy(), present
-        )
+    def _choices(self, part: LayerPart, numbers: list[int]) -> LayerChoices:
+        present = np.zeros(len(self._mixture.experts), bool)
+        present[numbers] = True
+        experts, weights = part.by_token["experts"].numpy(), part.by_token["weights"].double().numpy()
+        return LayerChoices(self._ids, self._domain, experts, weights, present)
 
-    def _measure(self, tokens: LayerTokens, choices: LayerChoices) -> dict[str, Any]:
+    def _measured(self, part: LayerPart, numbers: list[int], choices: LayerChoices) -> dict[str, Any]:
         """The figures that take outputs."""
-        numbers = choices.present.nonzero()[0].tolist()
-        experts = [self._outputs.expert(tokens.layer, number) for number in numbers]
-        made = measure_outputs(experts, numbers, tokens.inputs, torch.from_numpy(choices.chosen), self._compute)
+        logits = part.by_token["logits"]
+        made = OutputSums(part.by_token["lengths"], **part.sums).figures(numbers, len(self._mixture.experts))
         softmax = self._mixture.choosing.scoring == "softmax"
-        scores = (tokens.logits.softmax(dim=1) if softmax else tokens.logits.sigmoid()).double().numpy()
+        scores = (logits.softmax(dim=1) if softmax else logits.sigmoid()).double().numpy()
         sums = np.nansum(choices.given * made.lengths, axis=0)
         return {
             "output_similarity": made.similarity,
@@ -111,7 +135,7 @@ class _Tally:
             "output_similarity_others": made.similarity_others,
             "output_norm": made.lengths.mean(axis=0),
             "sparsity": made.sparsity,
-            "ranks": count_ranks(tokens.logits.double().numpy(), made.lengths),
+            "ranks": count_ranks(logits.double().numpy(), made.lengths),
             "largest_first": longest_first(choices.first, made.lengths),
             "chance": 1 / len(numbers),
             "norm_correlation": correlate(scores, made.lengths),

@@ -10,7 +10,18 @@ import typer
 from moemerge.cli.console import announcer, console_session, return_freed_memory, stdout, stoppable
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Device, ResultOptions, named_roles
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    CacheDir,
+    ChatRoles,
+    ComputeIn,
+    Devices,
+    Ray,
+    ResultOptions,
+    Workers,
+    check_processes,
+    named_roles,
+)
 from moemerge.cli.streams import say
 from moemerge.errors import RefusedError
 
@@ -65,8 +76,10 @@ class RunningOptions:
     max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that are read of each NAME.")] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
+    ray: Ray = None
+    workers: Workers = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,7 @@ def _check(running: RunningOptions, writing: WritingOptions) -> None:
         raise RefusedError(f"{given[0]}: needs text to run the mixture over. Give --data NAME=PATH.")
     by_name(running.data)
     named_roles(running.chat_roles)
+    check_processes(running.ray, running.workers, running.device)
     if writing.load:
         from moemerge.analysis.load_files import check_load
 
@@ -177,6 +191,8 @@ def _request(beside: str | None, running: RunningOptions) -> "AnalysisRequest":
         roles=named_roles(running.chat_roles),
         device=running.device,
         compute_dtype=running.compute_dtype,
+        ray=running.ray,
+        workers=running.workers,
     )
     return AnalysisRequest(read_domains(by_name(running.data)), settings, beside, running.generate)
 

@@ -13,7 +13,7 @@ from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.extracting import carry_out
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import CacheDir, ComputeIn, Device, ResultOptions
+from moemerge.cli.options import CacheDir, ComputeIn, Devices, ResultOptions
 from moemerge.dtypes import ComputeDtype
 from moemerge.errors import RefusedError
 
@@ -67,7 +67,7 @@ def densify_mixture(
     *,
     folding: FoldingOptions,
     output: EditOutputOptions,
-    device: Device = "auto",
+    device: Devices = "auto",
     compute_dtype: ComputeIn = "auto",
     cache_dir: CacheDir = None,
     messages: ResultOptions,

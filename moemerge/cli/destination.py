@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.cli.merge_options import OutputOptions, PushOptions
-from moemerge.errors import RefusedError
+from moemerge.cli.options import check_processes
 
 if TYPE_CHECKING:
     from moemerge.merging.destinations import Destination
@@ -17,8 +17,7 @@ def check_workers(output: OutputOptions) -> None:
     Raises:
         RefusedError: says which, and why; or Ray is not installed.
     """
-    if output.workers and output.ray is None:
-        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+    check_processes(output.ray, output.workers)
     if output.ray is None:
         return
     from moemerge.cluster import import_ray

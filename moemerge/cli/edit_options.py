@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from moemerge.cli.options import ComputeIn, Device, ShardSize
+from moemerge.cli.options import ComputeIn, Devices, ShardSize
 from moemerge.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class RunningOptions:
 
     heading: ClassVar[str] = "Running the mixture for new router rows"
 
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for random rows, noise and the choice of documents.")] = 0
 

@@ -148,6 +148,7 @@ def _check_options(
         "--routing-table": reading.routing_table,
         "--low-memory": reading.low_memory,
         "--keep-states": routers.keep_states is not None,
+        "--share-text": routers.share_text,
         "--load-in-4bit": routers.load_in_4bit,
         "--load-in-8bit": routers.load_in_8bit,
     }

@@ -14,8 +14,11 @@ from moemerge.cli.options import (
     CacheDir,
     ChatRoles,
     ComputeIn,
-    Device,
+    Devices,
+    Ray,
     VerboseOptions,
+    Workers,
+    check_processes,
     named_roles,
 )
 from moemerge.cli.standard_input import path_of
@@ -43,8 +46,10 @@ class MeasuringOptions:
         ),
     ] = False
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
+    ray: Ray = None
+    workers: Workers = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def evaluate(
     with console_session(quiet=messages.quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         from moemerge.model_card.card import read_card, update_evaluation
 
+        check_processes(measuring.ray, measuring.workers, measuring.device)
         for folder in out if reporting.update_card else ():
             read_card(folder)  # before what takes minutes
         found, differences = _measure(console, out, data, measuring, quiet=messages.quiet)
@@ -146,6 +152,8 @@ def _measure(
                 roles=named_roles(measuring.chat_roles),
                 device=measuring.device,
                 compute_dtype=measuring.compute_dtype,
+                ray=measuring.ray,
+                workers=measuring.workers,
                 kept_losses=default_folder(),
                 rerun=measuring.rerun,
             ),

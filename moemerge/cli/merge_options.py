@@ -18,6 +18,8 @@ from moemerge.cli.options import (
     PushStreaming,
     Revision,
     ShardSize,
+    check_processes,
+    devices_option,
 )
 from moemerge.errors import RefusedError
 
@@ -106,12 +108,17 @@ class RouterOptions:
     seed: Annotated[int, typer.Option(metavar="N", help="Seed for random routers and noise_scale.")] = 0
     device: Annotated[
         str,
-        typer.Option(
-            metavar="DEVICE",
-            help="Device that runs models, to make routers and choose shared weights: auto, cpu, cuda, cuda:1 or mps.",
-        ),
+        devices_option("Device that runs models, to make routers and choose shared weights"),
     ] = "auto"
     compute_dtype: ComputeIn = "auto"
+    share_text: Annotated[
+        bool,
+        typer.Option(
+            "--share-text",
+            help="With --ray, let each process run the base model on a part of the text; the routers are then equal to "
+            "rounding.",
+        ),
+    ] = False
     keep_states: Annotated[
         Path | None,
         typer.Option(
@@ -131,6 +138,10 @@ def merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, rou
         from moemerge.routers.kept_folder import check_kept_states
 
         check_kept_states(routers.keep_states, out)
+    if routers.share_text:
+        if output.ray is None:
+            raise RefusedError("--share-text: shares text out to processes of --ray, which is not given.")
+        check_processes(output.ray, output.workers, routers.device)
     return MergeOptions(
         overwrite=output.overwrite,
         resume=output.resume,
@@ -138,6 +149,8 @@ def merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, rou
         seed=routers.seed,
         device=routers.device,
         compute_dtype=routers.compute_dtype,
+        ray=output.ray if routers.share_text else None,
+        workers=output.workers,
         base_bits=_base_bits(routers),
         kept_states=routers.keep_states,
     )
@@ -151,8 +164,9 @@ def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
     """
     from moemerge.routers.initialisation import check_base_bits
 
-    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", routers.device):
-        raise RefusedError(f"--device: {routers.device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+    for device in routers.device.split(","):
+        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
+            raise RefusedError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
     if routers.load_in_8bit and routers.load_in_4bit:
         raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
     base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None

@@ -97,8 +97,45 @@ License = Annotated[
         help='The model\'s licence, as the Hub calls it, such as apache-2.0, or "other NAME LINK".',
     ),
 ]
+
+
+def _one_device(given: str) -> str:
+    if "," in given:
+        raise typer.BadParameter(f"{given[:60]!r}: this command runs on one device.")
+    return given
+
+
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps.")
+    str,
+    typer.Option(
+        metavar="DEVICE", parser=_one_device, help="Device that runs the model: auto, cpu, cuda, cuda:1 or mps."
+    ),
+]
+
+
+def devices_option(runs: str) -> Any:
+    """Make the option `--device`, or `--devices`, with what is run at the beginning of its help."""
+    return typer.Option(
+        "--device",
+        "--devices",
+        metavar="DEVICE",
+        help=f"{runs}: auto, cpu, cuda, cuda:1 or mps; or several that share the text, such as cuda:0,cuda:1.",
+    )
+
+
+Devices = Annotated[str, devices_option("Device that runs the model")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        show_default=False,
+        help="Share the text out to processes of a Ray cluster: local begins some on this machine, auto finds the "
+        "cluster that it belongs to.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one for each GPU, or CPU]"),
 ]
 _Type = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
@@ -225,6 +262,18 @@ class VerboseOptions:
     quiet: Quiet = False
     verbose: Verbose = 0
     debug: Debug = False
+
+
+def check_processes(ray: str | None, workers: int | None, device: str = "auto") -> None:
+    """Refuse options for the processes of a cluster that do not fit each other.
+
+    Raises:
+        RefusedError: says what is expected.
+    """
+    if workers and ray is None:
+        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+    if ray and "," in device:
+        raise RefusedError(f"--devices {device}: each process of --ray has one device. Name one, or leave out --ray.")
 
 
 def check_text(place: str, text: str) -> None:

@@ -12,7 +12,18 @@ from moemerge.cli.console import announcer, console_session, end_dry_run, print_
 from moemerge.cli.edit_options import EditOutputOptions
 from moemerge.cli.evaluation import by_name
 from moemerge.cli.grouping import grouped
-from moemerge.cli.options import ROLES_OF_CHATS, CacheDir, ChatRoles, ComputeIn, Device, ResultOptions, named_roles
+from moemerge.cli.options import (
+    ROLES_OF_CHATS,
+    CacheDir,
+    ChatRoles,
+    ComputeIn,
+    Devices,
+    Ray,
+    ResultOptions,
+    Workers,
+    check_processes,
+    named_roles,
+)
 from moemerge.cli.streams import say
 
 if TYPE_CHECKING:
@@ -76,19 +87,24 @@ class TextOptions:
     ] = 8192
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens that a model sees at a time.")] = 512
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
+    ray: Ray = None
+    workers: Workers = None
 
     def settings(self) -> "EvaluationSettings":
         """The settings of a pass over the text."""
         from moemerge.evaluation.settings import EvaluationSettings
 
+        check_processes(self.ray, self.workers, self.device)
         return EvaluationSettings(
             tokens=self.max_tokens,
             window=self.window,
             roles=named_roles(self.chat_roles),
             device=self.device,
             compute_dtype=self.compute_dtype,
+            ray=self.ray,
+            workers=self.workers,
         )
 
 

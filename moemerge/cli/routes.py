@@ -19,7 +19,7 @@ from moemerge.cli.options import (
     CacheDir,
     ChatRoles,
     ComputeIn,
-    Device,
+    Devices,
     ResultOptions,
     check_text,
     named_roles,
@@ -67,7 +67,7 @@ class TracingOptions:
 
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that are read of each text.")] = 2000
     chat_roles: ChatRoles = ROLES_OF_CHATS
-    device: Device = "auto"
+    device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
 
 

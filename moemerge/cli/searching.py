@@ -19,6 +19,8 @@ from moemerge.cli.options import (
     ComputeIn,
     Device,
     ResultOptions,
+    Workers,
+    check_processes,
     named_roles,
     one_of,
 )
@@ -80,10 +82,7 @@ class SearchOptions:
             "that it belongs to.",
         ),
     ] = None
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one for each GPU, or CPU]"),
-    ] = None
+    workers: Workers = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,7 @@ def _check_output(recipe: Path, output: str, *, overwrite: bool) -> None:
 
 
 def _settings(searching: SearchOptions, measuring: TextOptions) -> "SearchSettings":
-    if searching.workers and searching.ray is None:
-        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+    check_processes(searching.ray, searching.workers)
     from moemerge.checkpoint.disk import cache_folder
     from moemerge.searching.settings import SearchSettings
 

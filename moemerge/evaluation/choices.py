@@ -61,12 +61,9 @@ def router_inputs(layer: Any, module: Any, batch: Batch, index: int) -> torch.Te
 class RouterWatcher:
     """A watcher of what one layer's router chooses."""
 
-    def __init__(  # noqa: PLR0917
-        self, mixture: MixtureModel, layer: Any, router: Any, experts: Any, index: int, rows: torch.Tensor
-    ) -> None:
-        """Watch a layer, with the modules of its router, and of its experts where other states enter these."""
-        self._mixture, self._layer, self._index, self._rows = mixture, layer, index, rows
-        self._modules = [module for module in (router, experts) if module is not None]
+    def __init__(self, mixture: MixtureModel, modules: Sequence[Sequence[Any]], index: int, rows: torch.Tensor) -> None:
+        """Watch a layer by its modules on each device: the router, and the experts where other states enter these."""
+        self._mixture, self._modules, self._index, self._rows = mixture, modules, index, rows
         self._absent = mixture.absent(index)
         self._bias, self._factors = mixture.selection_bias(index), mixture.weight_factors(index)
         for name, values in (
@@ -77,17 +74,20 @@ class RouterWatcher:
             if values is not None and (broken := not_finite_in(name, values)):
                 raise CheckpointError(f"{mixture.folder}: {broken}.")
 
-    def watch(self, batch: Batch, part: Sequence[int], windows: Sequence[Window]) -> list[Choice] | None:
-        """Pass a batch through the layer; returns the router's choices for each of the batch's windows.
+    def watch(
+        self, device: int, layer: Any, batch: Batch, part: Sequence[int], windows: Sequence[Window]
+    ) -> list[Choice] | None:
+        """Pass a batch through the layer on a device; returns the router's choices for each of the batch's windows.
 
         None where the router's logits are not finite, since they choose nothing then.
         """
         seen: list[torch.Tensor] = []
         handles = [
-            module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])) for module in self._modules
+            module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+            for module in self._modules[device]
         ]
         try:
-            run_layer(self._layer, batch, self._index)
+            run_layer(layer, batch, self._index)
         finally:
             for handle in handles:
                 handle.remove()

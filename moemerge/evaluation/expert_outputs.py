@@ -27,6 +27,10 @@ class Expert:
     """(hidden, width)."""
     activation: Callable[[torch.Tensor], torch.Tensor]
 
+    def on(self, device: torch.device) -> "Expert":
+        """The same expert on another device."""
+        return Expert(self.gate.to(device), self.up.to(device), self.down.to(device), self.activation)
+
     def activated(self, states: torch.Tensor) -> torch.Tensor:
         """Compute the intermediate states (token, width) of states `z` (token, hidden): `activation(gate(z))`."""
         return self.activation(states @ self.gate.T)

@@ -20,6 +20,10 @@ class LayerTokens:
     """
 
     layer: int
+    number: torch.Tensor
+    """Number of each token (token,) among those of all the text, of which these may be a part."""
+    of_all: int
+    """How many tokens all the text has."""
     ids: torch.Tensor
     """Token ids (token,)."""
     domain: torch.Tensor
@@ -41,9 +45,19 @@ def run_by_layer(
     texts: Texts,
     compute: Compute,
     use: Callable[[LayerTokens], None],
-    progress: Callable[[int, int], None],
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    *,
+    numbers: tuple[torch.Tensor, int] | None = None,
 ) -> None:
     """Run a mixture over text; `use` is called with the tokens of each layer as soon as all of them are there.
+
+    Args:
+        mixture: the mixture.
+        texts: windows of text by domain.
+        compute: the devices and dtype to run in.
+        use: called with the tokens of each layer.
+        progress: called with the layers done and all there are.
+        numbers: the numbers of the tokens (token,) and how many there are, where the text is a part of other text.
 
     Raises:
         CheckpointError: the mixture's files are damaged, or its numbers are not finite.
@@ -53,7 +67,7 @@ def run_by_layer(
         texts.windows,
         compute,
         mixture=mixture,
-        chosen=_LayerChoices(texts, use).add,
+        chosen=_LayerChoices(texts, use, numbers).add,
         progress=progress,
         losses=False,
     )
@@ -65,7 +79,9 @@ class _LayerChoices:
     Each window's are put in their place at once, so that none is kept beside them.
     """
 
-    def __init__(self, texts: Texts, whole: Callable[[LayerTokens], None]) -> None:
+    def __init__(
+        self, texts: Texts, whole: Callable[[LayerTokens], None], numbers: tuple[torch.Tensor, int] | None
+    ) -> None:
         self._whole = whole
         self._counted = [torch.tensor(window.counted) for window in texts.windows]
         lengths = torch.tensor([int(mask.sum()) for mask in self._counted])
@@ -73,6 +89,7 @@ class _LayerChoices:
         self._spans = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
         windows = zip(texts.windows, self._counted, strict=True)
         self._ids = torch.cat([torch.tensor(window.ids)[mask] for window, mask in windows])
+        self._numbers = numbers or (torch.arange(len(self._ids)), len(self._ids))
         self._domain = torch.tensor(texts.domain).repeat_interleave(lengths)
         self._parts: dict[str, torch.Tensor] = {}
         self._added = 0
@@ -88,7 +105,9 @@ class _LayerChoices:
         self._added += 1
         if self._added == len(self._spans):
             parts, self._parts, self._added = self._parts, {}, 0
-            self._whole(LayerTokens(choice.layer, self._ids, self._domain, **{"inputs": parts["states"], **parts}))
+            experts, weights, logits, states = (parts[name] for name in ("experts", "weights", "logits", "states"))
+            text, inputs = (*self._numbers, self._ids, self._domain), parts.get("inputs", states)
+            self._whole(LayerTokens(choice.layer, *text, experts, weights, logits, states, inputs))
 
     def _put(self, name: str, window: int, values: torch.Tensor) -> None:
         """Put values of a window's tokens (token, ...) in their place, without those that do not count."""

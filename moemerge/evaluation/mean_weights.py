@@ -3,13 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from moemerge.chats import Document
-from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import MERGED, estimate
-from moemerge.evaluation.model_runs import Runs
+from moemerge.evaluation.model_runs import RoutingTally, Runs
 from moemerge.evaluation.runnable import open_mixture, stored
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.expert_view import DenseView
@@ -47,18 +44,13 @@ class MeasuredMixture:
         compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
         self._texts = Texts.cut(mixture, documents, settings.tokens, settings.window, settings.roles)
         self._runs = Runs(self._texts, compute, progress, planned=2)
-        self._sums = {layer: torch.zeros(len(mixture.experts), dtype=torch.float64) for layer in mixture.moe_layers}
-        self._runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=self._add)
-
-    def _add(self, choice: Choice) -> None:
-        counted = torch.tensor(self._texts.windows[choice.window].counted)
-        experts, weights = choice.experts[counted].flatten(), choice.weights[counted].flatten()
-        self._sums[choice.layer].index_add_(0, experts, weights.double())
+        self._tally = RoutingTally(mixture, self._texts)
+        self._runs.run(MERGED, mixture.runnable, mixture=mixture, tally=self._tally)
 
     @property
     def weights(self) -> dict[int, list[float]]:
         """The mean weight of each expert, by layer; those of a layer add up to 1."""
-        return {layer: (total / total.sum()).tolist() for layer, total in self._sums.items()}
+        return self._tally.weights
 
     def losses_of(self, view: DenseView) -> dict[str, tuple[float, float]]:
         """The mixture's loss and a dense model's, in nats per token, by domain."""

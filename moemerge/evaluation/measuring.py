@@ -28,6 +28,7 @@ from moemerge.evaluation.figures import (
 )
 from moemerge.evaluation.kept_losses import KeptLosses
 from moemerge.evaluation.model_runs import RoutingTally, Runs
+from moemerge.evaluation.processes import processes_of
 from moemerge.evaluation.runnable import MixtureModel, Runnable, open_dense, open_mixture
 from moemerge.evaluation.seen_text import seen_text_notes
 from moemerge.evaluation.settings import EvaluationSettings
@@ -58,16 +59,17 @@ def measure(
     judged = sum(expert is not None for expert in texts.expert)
     planned = 1 + len(dense) + (2 + judged) * baselines
     kept = KeptLosses(settings.kept_losses, compute, replace=settings.rerun)
-    runs = Runs(texts, compute, progress, kept, planned)
     routing = RoutingTally(mixture, texts)
-    runs.run(MERGED, mixture.runnable, mixture=mixture, chosen=routing.add)
-    notes += [note for model in dense if (note := _try(runs, model.name, model))]
-    if baselines:
-        experts = [model for model in dense if model.name.startswith(EXPERT)]
-        made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, experts) if experts else ""}
-        for name, baseline in made.items():
-            notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
-        _run_oracle(runs, mixture, texts, notes)
+    with processes_of(settings.ray, settings.workers, compute) as processes:
+        runs = Runs(texts, compute, progress, kept, planned, processes)
+        runs.run(MERGED, mixture.runnable, mixture=mixture, tally=routing)
+        notes += [note for model in dense if (note := _try(runs, model.name, model))]
+        if baselines:
+            experts = [model for model in dense if model.name.startswith(EXPERT)]
+            made = {UNIFORM: uniform(mixture), SOUP: average(SOUP, experts) if experts else ""}
+            for name, baseline in made.items():
+                notes.append(_try(runs, name, baseline) if isinstance(baseline, Runnable) else baseline)
+            _run_oracle(runs, mixture, texts, notes)
     notes += seen_text_notes(mixture.config, documents)
     found = _evaluation(folder, mixture, texts, runs, routing, list(filter(None, notes)))
     return found, runs.sums[MERGED]

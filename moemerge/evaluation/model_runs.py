@@ -1,7 +1,8 @@
 """Models that run one after the other over the same text, and what routers choose there."""
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,8 @@ from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import Routing, Sums
 from moemerge.evaluation.kept_losses import KeptLosses
+from moemerge.evaluation.processes import ChoiceTally, Processes, run_windows
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from moemerge.progress import Progress, Task
@@ -30,6 +31,8 @@ class Runs:
     """Losses of earlier runs; None where every model is run."""
     planned: int = 1
     """How many models are to be run."""
+    processes: Processes | None = None
+    """The processes that share the text; None for this one alone."""
     sums: dict[str, dict[str, Sums]] = field(default_factory=dict)
     _number: int = 0
 
@@ -40,9 +43,9 @@ class Runs:
         *,
         domains: Sequence[int] | None = None,
         mixture: MixtureModel | None = None,
-        chosen: Callable[[Choice], None] = lambda _: None,
+        tally: ChoiceTally | None = None,
     ) -> None:
-        """Run a model over all domains or some, and keep its losses by document under a name; see `run_model`."""
+        """Run a model over all domains or some, and keep its losses by document under a name; see `run_windows`."""
         domains = range(len(self.texts.domains)) if domains is None else domains
         self._number += 1
         found: dict[str, Sums] = {}
@@ -54,7 +57,7 @@ class Runs:
             else:
                 found[self.texts.domains[domain]] = self.texts.sums(known, self.texts.of(domain))
         if missing:
-            found |= self._run(name, model, missing, mixture, chosen)
+            found |= self._run(name, model, missing, mixture, tally)
         self.sums.setdefault(name, {}).update({d: found[d] for d in self.texts.domains if d in found})
 
     def _run(
@@ -63,17 +66,18 @@ class Runs:
         model: Runnable,
         domains: Sequence[int],
         mixture: MixtureModel | None,
-        chosen: Callable[[Choice], None],
+        tally: ChoiceTally | None,
     ) -> dict[str, Sums]:
         """Run a model over some domains; returns its losses by document, for each of them."""
         places = [window for domain in domains for window in self.texts.of(domain)]
-        losses = run_model(
+        losses = run_windows(
             model,
             [self.texts.windows[window] for window in places],
             self.compute,
-            mixture=mixture,
-            chosen=chosen,
-            progress=lambda done, total: self._report(name, done, total),
+            self.processes,
+            mixture,
+            tally,
+            lambda done, total: self._report(name, done, total),
         )
         found = {}
         for domain in domains:
@@ -97,39 +101,59 @@ class RoutingTally:
     """Counts what routers choose, by domain."""
 
     def __init__(self, mixture: MixtureModel, texts: Texts) -> None:
-        self._mixture, self._texts = mixture, texts
+        self._scoring, self._expert = mixture.choosing.scoring, texts.expert
         self._layers = {layer: place for place, layer in enumerate(mixture.moe_layers)}
         shape = (len(texts.domains), len(self._layers), len(mixture.experts))
-        self._chosen, self._first = torch.zeros(shape), torch.zeros(shape)
-        self._tokens, self._entropy, self._weight = (
-            torch.zeros(shape[:2]),
-            torch.zeros(shape[:2]),
-            torch.zeros(shape[:2]),
-        )
+        self.windows = [(window.counted, domain) for window, domain in zip(texts.windows, texts.domain, strict=True)]
+        """Which tokens of each window count, and its domain."""
+        self.sums = {name: torch.zeros(shape) for name in ("chosen", "first")}
+        """Sums by domain and layer, and some by expert."""
+        self.sums |= {name: torch.zeros(shape[:2]) for name in ("tokens", "entropy", "top_weight")}
+        self.sums |= {"weight": torch.zeros(shape, dtype=torch.float64)}
+
+    @property
+    def weights(self) -> dict[int, list[float]]:
+        """The mean weight of each expert over the tokens of all domains, by layer; those of a layer add up to 1."""
+        sums = self.sums["weight"].sum(dim=0)
+        return {layer: (sums[place] / sums[place].sum()).tolist() for layer, place in self._layers.items()}
+
+    def part(self, windows: Sequence[int]) -> "RoutingTally":
+        """Make an empty tally for some of the windows; see `ChoiceTally`."""
+        made = copy.copy(self)
+        made.windows = [self.windows[window] for window in windows]
+        made.sums = {name: torch.zeros_like(total) for name, total in self.sums.items()}
+        return made
+
+    def join(self, part: "RoutingTally", _windows: Sequence[int]) -> None:
+        """Add what a part has counted."""
+        for name, total in part.sums.items():
+            self.sums[name] += total
 
     def add(self, choice: Choice) -> None:
         """Count one layer's choices for one window."""
-        counted = torch.tensor(self._texts.windows[choice.window].counted)
-        place = self._texts.domain[choice.window], self._layers[choice.layer]
-        experts, logits = choice.experts[counted], choice.logits[counted]
-        count = len(self._mixture.experts)
-        self._chosen[place] += torch.bincount(experts.flatten(), minlength=count)
-        self._first[place] += torch.bincount(experts[:, 0], minlength=count)
-        self._tokens[place] += len(experts)
-        self._weight[place] += choice.weights[counted, 0].sum()
-        given = shares(logits, self._mixture.choosing.scoring)
-        self._entropy[place] -= torch.special.xlogy(given, given).sum() / math.log(max(count, 2))
+        counted, domain = self.windows[choice.window]
+        mask, place, sums = torch.tensor(counted), (domain, self._layers[choice.layer]), self.sums
+        experts, logits, weights = choice.experts[mask], choice.logits[mask], choice.weights[mask]
+        count = sums["chosen"].shape[2]
+        sums["chosen"][place] += torch.bincount(experts.flatten(), minlength=count)
+        sums["first"][place] += torch.bincount(experts[:, 0], minlength=count)
+        sums["tokens"][place] += len(experts)
+        sums["top_weight"][place] += weights[:, 0].sum()
+        sums["weight"][place].index_add_(0, experts.flatten(), weights.flatten().double())
+        given = shares(logits, self._scoring)
+        sums["entropy"][place] -= torch.special.xlogy(given, given).sum() / math.log(max(count, 2))
 
     def of(self, domain: int) -> Routing:
         """The routing that was counted for a domain."""
-        tokens = self._tokens[domain][:, None]
-        load, first = self._chosen[domain] / tokens, self._first[domain] / tokens
-        expert = self._texts.expert[domain]
+        sums = {name: total[domain] for name, total in self.sums.items()}
+        tokens = sums["tokens"][:, None]
+        load, first = sums["chosen"] / tokens, sums["first"] / tokens
+        expert = self._expert[domain]
         return Routing(
             accuracy=None if expert is None else float(first[:, expert].mean()),
             hit_rate=None if expert is None else float(load[:, expert].mean()),
             load=tuple(load.mean(dim=0).tolist()),
             load_by_layer=tuple(tuple(row) for row in load.tolist()),
-            entropy=float((self._entropy[domain][:, None] / tokens).mean()),
-            top_weight=float((self._weight[domain][:, None] / tokens).mean()),
+            entropy=float((sums["entropy"][:, None] / tokens).mean()),
+            top_weight=float((sums["top_weight"][:, None] / tokens).mean()),
         )

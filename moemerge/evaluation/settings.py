@@ -24,6 +24,10 @@ class EvaluationSettings:
     """`auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     compute_dtype: ComputeDtype = "auto"
     """`float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    ray: str | None = None
+    """Address of a Ray cluster whose processes share the text, `local` to begin some; None for this process alone."""
+    workers: int | None = None
+    """How many processes; None for as many as there are GPUs, or CPUs."""
     kept_losses: Path | None = None
     """Folder that keeps losses of dense models, which are not run again over the same text; None keeps none."""
     rerun: bool = False

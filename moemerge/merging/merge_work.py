@@ -67,9 +67,9 @@ class Work:
                 "with room in its cache, from a store by a copy."
             )
         if (plan.runs_base or plan.is_open) and options.device not in {"auto", "cpu"}:
-            from moemerge.passes.device import find_device  # before anything is copied
+            from moemerge.passes.device import find_devices  # before anything is copied
 
-            find_device(options.device)
+            find_devices(options.device)
         self._tokenizer = plan.tokenizer or prove_tokenizer(
             plan.base_files, plan.output_config, in_process=plan.runs_base
         )

@@ -12,7 +12,7 @@ import torch
 
 from moemerge.dtypes import ComputeDtype, DType
 from moemerge.errors import RefusedError
-from moemerge.passes.device import find_device
+from moemerge.passes.device import find_devices
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,13 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     """The dtype of weights and states; statistics, logits and losses are float32 or wider."""
+    others: tuple[torch.device, ...] = ()
+    """Further devices, which share the text of a pass; what is no pass runs on `device` alone."""
+
+    @property
+    def each(self) -> "tuple[Compute, ...]":
+        """What is computed on each device."""
+        return tuple(Compute(device, self.dtype) for device in (self.device, *self.others))
 
     @property
     def dtype_name(self) -> DType:
@@ -45,9 +52,9 @@ class Compute:
 
 
 def find_compute(device: str, dtype: ComputeDtype, shapes: Iterable[tuple[int, ...]]) -> Compute:
-    """Find the device of a name, and the dtype to compute in there; see `find_device` and `choose_dtype`."""
-    found = find_device(device)
-    return Compute(found, choose_dtype(found, dtype, shapes))
+    """Find devices by their names, and the dtype to compute in there; see `find_devices` and `choose_dtype`."""
+    first, *others = find_devices(device)
+    return Compute(first, choose_dtype(first, dtype, shapes), tuple(others))
 
 
 def choose_dtype(device: torch.device, asked: ComputeDtype, shapes: Iterable[tuple[int, ...]]) -> torch.dtype:

@@ -30,6 +30,11 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def find_devices(names: str) -> list[torch.device]:
+    """Find one device, or several with commas between their names; see `find_device`."""
+    return [find_device(name) for name in names.split(",")]
+
+
 @contextmanager
 def memory_watched(doing: str) -> Iterator[None]:
     """A context that turns torch's out-of-memory errors into one message: during what, and what to do."""

@@ -46,10 +46,23 @@ def read_parameter(
     if name not in room or room[name].shape != tensor.shape:
         room[name] = torch.empty(tensor.shape, device=compute.device, dtype=compute.dtype)
     read_into(tensor, room[name])
+    _put(module, name, room[name])
+
+
+def _put(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
     path, _, own = name.rpartition(".")
     owner = module.get_submodule(path)
     is_buffer = own in dict(owner.named_buffers(recurse=False))
-    setattr(owner, own, room[name] if is_buffer else torch.nn.Parameter(room[name], requires_grad=False))
+    setattr(owner, own, values if is_buffer else torch.nn.Parameter(values, requires_grad=False))
+
+
+def copy_parameter(
+    module: torch.nn.Module, name: str, given: torch.Tensor, room: dict[str, torch.Tensor], compute: Compute
+) -> None:
+    """Copy values that `read_parameter` has read for one device into the same module on another."""
+    if name not in room or room[name].shape != given.shape:
+        room[name] = torch.empty(given.shape, device=compute.device, dtype=compute.dtype)
+    _put(module, name, room[name].copy_(given))
 
 
 def read_ahead(tensors: Iterable[TensorInfo]) -> None:

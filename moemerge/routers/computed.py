@@ -103,6 +103,8 @@ def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> Pa
         entering=request.config.method.like_mergekit,
         base_bits=options.base_bits,
         low_memory=options.low_memory,
+        ray=options.ray,
+        workers=options.workers,
         kept_states=options.kept_states,
         kept_fits=options.kept_fits,
     )

@@ -19,6 +19,7 @@ from moemerge.checkpoint.header import TensorInfo, build_header, read_header
 from moemerge.dtypes import HEADER_DTYPES
 from moemerge.errors import CheckpointError, RouterError
 from moemerge.passes.weights import read_into
+from moemerge.routers.cluster_pass import capture_on_cluster
 from moemerge.routers.kept_folder import draft_of, path_of, without_old_drafts
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
@@ -61,7 +62,7 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
         RouterError: the model's numbers are not finite, or the folder cannot be written.
     """
     if request.kept_states is None:
-        yield from capture_router_inputs(request)
+        yield from _captured(request)
         return
     parts = _parts(request, request.kept_states)
     order = tuple(prompt for part in parts for prompt in part.prompts)
@@ -95,6 +96,12 @@ def router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
             yield RouterInputs(layer, states, torch.repeat_interleave(counts), order, beginnings)
 
 
+def _captured(request: PassRequest) -> Iterator[RouterInputs]:
+    if request.ray is None:
+        return capture_router_inputs(request)
+    return capture_on_cluster(request, request.ray, request.workers)
+
+
 def count_kept(request: PassRequest) -> tuple[int, int] | None:
     """Count the groups of text whose router inputs are kept, and all of a request; None where none are to be kept.
 
@@ -110,7 +117,7 @@ def _layers(request: PassRequest, parts: Sequence[_Part]) -> Iterator[tuple[int,
     """Yield each layer that has a router, with the router inputs of the text that is new."""
     new = tuple(prompt for part in parts if not part.kept for prompt in part.prompts)
     if new:
-        yield from ((inputs.layer, inputs) for inputs in capture_router_inputs(replace(request, prompts=new)))
+        yield from ((inputs.layer, inputs) for inputs in _captured(replace(request, prompts=new)))
     else:
         yield from ((layer, None) for layer in request.mixture.moe_layers)
 

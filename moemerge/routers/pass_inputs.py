@@ -34,6 +34,10 @@ class PassRequest:
     """Bits of the base model's Linear weights in the pass; None leaves them in the dtype of the pass."""
     low_memory: bool = False
     """Whether to read no weights ahead."""
+    ray: str | None = None
+    """Address of a Ray cluster whose processes share the prompts; None for this process alone."""
+    workers: int | None = None
+    """How many processes."""
     kept_states: Path | None = None
     """Folder that keeps router inputs from one merge to the next."""
     kept_fits: Path | None = None

@@ -46,6 +46,11 @@ class PassOptions:
     """Device that runs models: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."""
     compute_dtype: ComputeDtype = "auto"
     """What models are run in: `float32`, `bfloat16`, or `auto`, which is the faster one on a CPU."""
+    ray: str | None = None
+    """Address of a Ray cluster whose processes run the base model for the routers, `local` to begin some; None for this
+    process alone."""
+    workers: int | None = None
+    """How many processes; None for as many as there are GPUs, or CPUs."""
     base_bits: Literal[4, 8] | None = None
     """Bits of the base model's Linear weights while it runs for the routers, by bitsandbytes; None for all of them."""
     low_memory: bool = False

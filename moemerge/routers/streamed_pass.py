@@ -7,6 +7,8 @@ it, is never run.
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
 from typing import Any, Final
 
 import torch
@@ -18,7 +20,8 @@ from moemerge.errors import RouterError
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.decoder import Batch, embed, empty_model, group, run_layer
 from moemerge.passes.finite import all_finite, where_it_began
-from moemerge.passes.weights import read_ahead, read_parameter
+from moemerge.passes.sharing_out import shared_out
+from moemerge.passes.weights import copy_parameter, read_ahead, read_parameter
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.prompts import EncodedPrompt
 
@@ -37,43 +40,46 @@ def capture_router_inputs(request: PassRequest) -> Iterator[RouterInputs]:
     Raises:
         RouterError: the model's numbers are not finite; says where that began.
     """
-    base, device = request.base.model, request.compute.device
-    model = empty_model(base.family.model_type, base.class_keys, device)
+    base = request.base.model
     groups = list(group(request.prompts, lambda prompt: len(prompt.ids), TOKENS_PER_BATCH))
+    computes = request.compute.each[: len(groups)]  # a device without a batch gets no weights
+    models = [empty_model(base.family.model_type, base.class_keys, one.device) for one in computes]
     counted = [_counted(part) for part in groups]
     inputs = torch.empty(sum(int(part.sum()) for part in counted), base.config["hidden_size"])
     places = torch.split(inputs, [int(part.sum()) for part in counted])
     beginnings = torch.empty(len(request.prompts), base.config["hidden_size"])
     first_places = torch.split(beginnings, [len(part) for part in groups])
-    batches = _embedded(model, groups, request)
+    batches = _embedded(models, groups, request)
     order = tuple(prompt for part in groups for prompt in part)
     prompt = torch.repeat_interleave(torch.tensor([sum(prompt.counted) for prompt in order]))
     last = max(request.mixture.moe_layers)
-    room: dict[str, torch.Tensor] = {}
+    rooms: list[dict[str, torch.Tensor]] = [{} for _ in models]
     with ThreadPoolExecutor(1) as reader:
         for index in range(last + 1):
-            layer = model.layers[index]
-            stored = _stored(layer, request, index, skip_ffn=index == last)
+            layers = [model.layers[index] for model in models]
+            stored = _stored(layers[0], request, index, skip_ffn=index == last)
             for name, tensor in stored.items():
-                _place(layer, name, tensor, room, request)
+                _place(layers, name, tensor, rooms, request)
             ahead = None
             if index < last and not request.low_memory:
-                following = _stored(model.layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
+                following = _stored(models[0].layers[index + 1], request, index + 1, skip_ffn=index + 1 == last)
                 ahead = reader.submit(read_ahead, following.values())
             entering = _last_states(groups, batches) if request.entering else None
-            for batch, mask, *kept in zip(batches, counted, places, first_places, strict=True):
-                _run(layer, batch, index, base.family.ffn_module, mask.to(device), *kept, stop_at_ffn=index == last)
+            run = partial(_run, layers, index, base.family.ffn_module, stop_at_ffn=index == last)
+            for _ in shared_out(run, zip(batches, counted, places, first_places, strict=True), len(models)):
+                pass
             _check_finite(f"layer {index}", batches, stored.values(), inputs)
             # Nothing may refer to the layer: bitsandbytes keeps weights that a move to meta does not reach.
-            model.layers[index] = torch.nn.Identity()
-            del layer
+            for model in models:
+                model.layers[index] = torch.nn.Identity()
+            del layers, run
             if index in request.mixture.moe_layers:
                 yield RouterInputs(index, inputs, prompt, order, beginnings, entering)
             if ahead:
                 ahead.result()
 
 
-def _embedded(model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest) -> list[Batch]:
+def _embedded(models: Sequence[Any], groups: Sequence[Sequence[EncodedPrompt]], request: PassRequest) -> list[Batch]:
     """Run the embeddings over each group of prompts, up to the first layer."""
     family = request.base.model.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
@@ -84,9 +90,9 @@ def _embedded(model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: Pa
             norm,
             [prompt.ids for prompt in part],
             lambda ids: torch.from_numpy(read_rows(embeddings, ids)),
-            request.compute,
+            compute,
         )
-        for part in groups
+        for part, model, compute in zip(groups, cycle(models), cycle(request.compute.each[: len(models)]), strict=False)
     ]
     _check_finite("the embeddings", batches, [embeddings])
     return batches
@@ -131,43 +137,53 @@ def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> 
     }
 
 
-def _place(layer: Any, name: str, tensor: TensorInfo, room: dict[str, torch.Tensor], request: PassRequest) -> None:
-    """Read a tensor into a layer, quantised if the request says so."""
-    read_parameter(layer, name, tensor, room, request.compute)
+def _place(
+    layers: Sequence[Any],
+    name: str,
+    tensor: TensorInfo,
+    rooms: Sequence[dict[str, torch.Tensor]],
+    request: PassRequest,
+) -> None:
+    """Read a tensor into a layer, on each device, quantised if the request says so."""
+    first, *others = zip(layers, rooms, request.compute.each, strict=False)
+    read_parameter(first[0], name, tensor, *first[1:])
+    for layer, room, compute in others:
+        copy_parameter(layer, name, rooms[0][name], room, compute)
     path, _, own = name.rpartition(".")
-    if request.base_bits and own in dict(layer.get_submodule(path).named_parameters(recurse=False)):
+    if request.base_bits and own in dict(layers[0].get_submodule(path).named_parameters(recurse=False)):
         from moemerge.passes.quantised import quantise_weight  # imports bitsandbytes, an extra
 
-        quantise_weight(layer, name, request.base_bits)
-        del room[name]
+        for layer, room in zip(layers, rooms, strict=True):
+            quantise_weight(layer, name, request.base_bits)
+            del room[name]
 
 
-def _run(  # noqa: PLR0917
-    layer: Any,
-    batch: Batch,
+def _run(
+    layers: Sequence[Any],
     index: int,
     ffn_module: str,
-    counted: torch.Tensor,
-    place: torch.Tensor,
-    first_place: torch.Tensor,
+    device: int,
+    part: tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor],
     *,
     stop_at_ffn: bool,
 ) -> None:
-    """Pass a batch through a layer, and keep the states that enter its FFN in float32.
+    """Pass a batch through a layer on one of the devices, and keep the states that enter its FFN in float32.
 
-    States of tokens that count (counted token, hidden) go to `place`, states of first tokens (prompt, hidden) to
-    `first_place`.
+    A part is the batch, the mask of its tokens that count, and places for states of those (counted token, hidden) and
+    of first tokens (prompt, hidden).
     """
+    batch, counted, place, first_place = part
+    mask = counted.to(batch.states.device)
 
     def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        place.copy_(inputs[0].flatten(0, 1)[counted])
+        place.copy_(inputs[0].flatten(0, 1)[mask])
         first_place.copy_(inputs[0][:, 0])
         if stop_at_ffn:
             raise _EndOfPassError
 
-    handle = layer.get_submodule(ffn_module).register_forward_pre_hook(keep)
+    handle = layers[device].get_submodule(ffn_module).register_forward_pre_hook(keep)
     try:
-        run_layer(layer, batch, index)
+        run_layer(layers[device], batch, index)
     except _EndOfPassError:
         pass
     finally:

@@ -90,6 +90,6 @@ def ray_workers(
     on_gpu = compute.device.type == "cuda"
     with ray_cluster(address, count) as cluster:
         number = count or cluster.processes(on_gpu, most=TOGETHER)
-        with cluster.actors(_Worker, (compute, options), number, on_gpu) as actors:
+        with cluster.actors(_Worker, [(compute, options)] * number, on_gpu) as actors:
             yield RayWorkers(cluster, actors, progress)
             cluster.results([actor.close.remote() for actor in actors])

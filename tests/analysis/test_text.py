@@ -19,7 +19,7 @@ from scipy.stats import hypergeom
 from moemerge.analysis.analyzer import AnalysisRequest, Opened, analyze, open_for_analysis
 from moemerge.analysis.choice_figures import LayerChoices, agreement
 from moemerge.analysis.figures import TextFigures
-from moemerge.analysis.output_figures import measure_outputs
+from moemerge.analysis.output_figures import sum_outputs
 from moemerge.analysis.text import analyze_text
 from moemerge.editing.pruning.saliency import measure_saliency
 from moemerge.errors import RefusedError
@@ -250,7 +250,8 @@ def test_outputs_of_any_size_have_cosines(size):
     outputs = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(0))
     chosen = torch.ones(50, 3)
     one, other = (
-        measure_outputs([Given(each) for each in outputs * by], [0, 1, 2], outputs[0], chosen, CPU) for by in (1, size)
+        sum_outputs([Given(each) for each in outputs * by], outputs[0], chosen, CPU).figures([0, 1, 2], 3)
+        for by in (1, size)
     )
     np.testing.assert_allclose(other.similarity, one.similarity, rtol=1e-5)
     np.testing.assert_allclose(other.lengths, one.lengths * size, rtol=1e-5)
@@ -259,7 +260,8 @@ def test_outputs_of_any_size_have_cosines(size):
 def test_tokens_without_outputs_are_left_out_of_their_mean_cosine():
     first = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
     given = [Given(first), Given(first.clone()), Given(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]))]
-    found = measure_outputs(given, [0, 1, 2], first, torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]), CPU)
+    chosen = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    found = sum_outputs(given, first, chosen, CPU).figures([0, 1, 2], 3)
     half = np.sqrt(0.5)
     np.testing.assert_allclose(found.similarity, [[1, 1, half / 3], [1, 1, half / 3], [half / 3, half / 3, 1]])
     np.testing.assert_allclose(found.similarity_chosen, [[1, 1, np.nan], [1, 1, np.nan], [np.nan, np.nan, np.nan]])

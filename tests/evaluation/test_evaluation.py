@@ -16,7 +16,7 @@ import transformers
 from moemerge import merge, plan_merge
 from moemerge.config.loading import parse_config
 from moemerge.errors import CheckpointError, IncompatibleError, RefusedError
-from moemerge.evaluation import figures, running
+from moemerge.evaluation import figures, head, running, text_pass
 from moemerge.evaluation.baselines import average, forced, uniform
 from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.routes.tracing import trace
@@ -105,14 +105,14 @@ def test_losses_of_every_family_are_those_of_the_whole_model(tmp_path, monkeypat
         )
     found = run_model(open_mixture(out).runnable, windows(), CPU)
     assert torch.allclose(found.float(), losses_of(load(out)), rtol=1e-4)
-    check, dtypes = running.check_complete, set()
+    check, dtypes = text_pass.check_complete, set()
 
     def note_dtypes(layer, path):
         check(layer, path)
         kept = (family.router.removesuffix(".weight"), "moe_statics")  # of some classes in float32 always
         dtypes.update(p.dtype for n, p in layer.named_parameters() if not any(part in n for part in kept))
 
-    monkeypatch.setattr(running, "check_complete", note_dtypes)
+    monkeypatch.setattr(text_pass, "check_complete", note_dtypes)
     narrow = run_model(open_mixture(out).runnable, windows(), Compute(CPU.device, torch.bfloat16))
     assert torch.allclose(narrow, found, rtol=2e-2)
     assert dtypes == {torch.bfloat16}
@@ -728,9 +728,9 @@ def test_a_selection_bias_that_is_not_finite_is_refused(tmp_path):
 
 def test_the_head_is_looked_at_a_few_tokens_at_a_time(out, monkeypatch):
     """Routes read longer texts than those whose logits have room."""
-    seen, given = [], running.finish
+    seen, given = [], head.finish
     monkeypatch.setattr(running, "_TOKENS", 10)
-    monkeypatch.setattr(running, "finish", lambda *args: (seen.append(args[3].states.shape[1]), given(*args))[1])
+    monkeypatch.setattr(head, "finish", lambda *args: (seen.append(args[3].states.shape[1]), given(*args))[1])
     routes = trace(out, {"a": LINES[0], "b": "Le chat"}, tokens=50, device="cpu")
     long, short = (1 + len(text.tokens) for text in routes.texts)  # with the BOS
     assert (long, short) == (26, 3)

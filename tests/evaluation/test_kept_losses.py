@@ -10,7 +10,7 @@ import torch
 from moemerge import EvaluationSettings, evaluate, load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.errors import SourceError
-from moemerge.evaluation import model_runs
+from moemerge.evaluation import processes
 from moemerge.evaluation.baselines import average
 from moemerge.evaluation.evaluator import compare
 from moemerge.evaluation.kept_losses import KeptLosses, default_folder
@@ -39,13 +39,13 @@ def made(tmp_path, llamas):
 def ran(monkeypatch):
     """Names of the models that are run, in their order."""
     names = []
-    run = model_runs.run_model
+    run = processes.run_model
 
     def noted(model, *arguments, **keys):
         names.append(model.name)
         return run(model, *arguments, **keys)
 
-    monkeypatch.setattr(model_runs, "run_model", noted)
+    monkeypatch.setattr(processes, "run_model", noted)
     return names
 
 

@@ -140,10 +140,10 @@ def test_the_pass_in_bfloat16_as_on_a_gpu_gives_nearly_the_same(tmp_path, llamas
     exact = [inputs.states.clone() for inputs in capture_router_inputs(request(plan))]
     place, placed = streamed_pass._place, []
 
-    def watched(layer, name, tensor, room, *rest):
-        place(layer, name, tensor, room, *rest)
-        parameter = layer.get_parameter(name)
-        placed.append((parameter.dtype, parameter.data_ptr() == room[name].data_ptr()))
+    def watched(layers, name, tensor, rooms, *rest):
+        place(layers, name, tensor, rooms, *rest)
+        parameter = layers[0].get_parameter(name)
+        placed.append((parameter.dtype, parameter.data_ptr() == rooms[0][name].data_ptr()))
 
     monkeypatch.setattr(streamed_pass, "_place", watched)
     asked = replace(request(plan), compute=Compute(torch.device("cpu"), torch.bfloat16))

@@ -7,6 +7,7 @@ from moemerge.chats import Document
 from moemerge.evaluation.domain_texts import Texts
 from moemerge.evaluation.figures import Estimate, difference, estimate
 from moemerge.evaluation.model_runs import Runs
+from moemerge.evaluation.processes import processes_of
 from moemerge.evaluation.runnable import MixtureModel
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.passes.compute_dtype import find_compute
@@ -64,9 +65,10 @@ def judge(
     """
     texts = Texts.cut(before, documents, settings.tokens, settings.window, settings.roles)
     compute = find_compute(settings.device, settings.compute_dtype, before.runnable.layer_shapes)
-    runs = Runs(texts, compute, progress, planned=2)
-    runs.run(_BEFORE, before.runnable)
-    runs.run(_AFTER, after.runnable)
+    with processes_of(settings.ray, settings.workers, compute) as processes:
+        runs = Runs(texts, compute, progress, planned=2, processes=processes)
+        runs.run(_BEFORE, before.runnable)
+        runs.run(_AFTER, after.runnable)
     one, other = runs.sums[_BEFORE], runs.sums[_AFTER]
     return Judged(
         {name: estimate(found) for name, found in one.items()},

@@ -12,6 +12,7 @@ from moemerge.editing.pruning.group_rows import fit_rows
 from moemerge.editing.pruning.saliency import Saliency, measure_saliency
 from moemerge.editing.pruning.similarity import Similarity, measure_similarity
 from moemerge.evaluation.domain_texts import Texts
+from moemerge.evaluation.processes import processes_of
 from moemerge.evaluation.runnable import MixtureModel, open_mixture
 from moemerge.evaluation.settings import EvaluationSettings
 from moemerge.families.choosing import Choosing
@@ -73,7 +74,8 @@ def decide(  # noqa: PLR0917
     def told(name: str) -> Callable[[int, int], None]:
         return lambda done, total: progress(Task("layers", name), done, total)
 
-    saliency = measure_saliency(mixture, texts, compute, equal, told("the whole mixture"))
+    with processes_of(settings.ray, settings.workers, compute) as processes:
+        saliency = measure_saliency(mixture, texts, compute, equal, told("the whole mixture"), processes)
     pruning = choose_kept(saliency, equal, request, mixture.experts_per_token, how)
     pruning = _with_further_layers(pruning, stored.moe_layers)
     if not any(len(group) > 1 for those in pruning.members.values() for group in those.values()):

@@ -119,10 +119,13 @@ def beside_projections(mixture: StoredMixture, layer: int) -> Iterator[list[NDAr
         yield [read_values(held[name]) if name in held else np.empty(0, np.float32) for held in own]
 
 
-def relative_differences(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distances as `Similarity.distances` between vectors (vector, element)."""
+def centred_products(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Products of vectors (vector, element) less their mean (vector, vector), and squared lengths of all (vector,).
+
+    Those of vectors that are put together of parts are the sums of the parts' own; see `relative_distances`.
+    """
     middle = vectors - vectors.mean(axis=0)
-    return relative_distances(middle @ middle.T, np.square(vectors).sum(axis=1))
+    return middle @ middle.T, np.square(vectors).sum(axis=1)
 
 
 def relative_distances(gram: NDArray[np.float64], squares: NDArray[np.float64]) -> NDArray[np.float64]:
