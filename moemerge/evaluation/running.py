@@ -13,14 +13,14 @@ from moemerge.evaluation.losses import token_losses
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
-from moemerge.passes.decoder import Batch, embed, empty_model, finish, group, run_layer
+from moemerge.passes.decoder import Batch, before_layers, embed, empty_model, finish, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
 from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
 from moemerge.passes.tokens import Window
 
 # Tokens whose logits are in memory at a time: 100 MB for a vocabulary of 50 000.
 _TOKENS: Final = 512
-_EMBEDDINGS: Final = "model.embed_tokens."
+_EMBEDDINGS: Final = "model.embed_tokens"
 
 
 def run_model(
@@ -152,14 +152,9 @@ class _Pass:
         self._model, self._windows, self._compute = model, windows, compute
         self.whole = empty_model(model.model_type, model.keys, compute.device, head=True, dtype=compute.dtype)
         self.places = list(group(range(len(windows)), lambda index: len(windows[index].ids), together))
+        _load(self.whole, model, [f"model.{name}" for name in before_layers(self.whole.model, model.norm)], compute)
         self.batches = [
-            embed(
-                self.whole.model,
-                model.norm,
-                [windows[index].ids for index in part],
-                model.embeddings,
-                compute,
-            )
+            embed(self.whole.model, model.norm, [windows[index].ids for index in part], model.rows, compute)
             for part in self.places
         ]
         if not all(batch.is_finite for batch in self.batches):
@@ -255,11 +250,12 @@ class _Head:
 
     def __init__(self, whole: Any, model: Runnable, compute: Compute) -> None:
         self._whole, self._model, self._dtype = whole, model, compute.dtype
-        self._names = [name for name in model.names(None) if not name.startswith(_EMBEDDINGS)]
+        loaded = (_EMBEDDINGS, *(f"model.{name}" for name in before_layers(whole.model, model.norm)))
+        self._names = [name for name in model.names(None) if not name.startswith(loaded)]
         _load(whole, model, self._names, compute)
         head = whole.get_output_embeddings()
         if head.weight.is_meta:
-            self._names.append(f"{_EMBEDDINGS}weight")
+            self._names.append(f"{_EMBEDDINGS}.weight")
             tied = model.read(self._names[-1]).to(device=compute.device, dtype=compute.dtype)
             head.weight = torch.nn.Parameter(tied, requires_grad=False)
 
@@ -281,10 +277,10 @@ class _Head:
     def check(self, batches: Sequence[Batch]) -> None:
         """Check that the logits are finite, those of a few tokens at a time."""
         for batch in batches:
-            for start in range(0, batch.ids.shape[1], _TOKENS):
+            for start in range(0, batch.states.shape[1], _TOKENS):
                 span = slice(start, start + _TOKENS)
                 lengths = tuple(max(0, min(length - start, _TOKENS)) for length in batch.lengths)
-                part = replace(batch, ids=batch.ids[:, span], states=batch.states[:, span], lengths=lengths)
+                part = replace(batch, states=batch.states[:, span], lengths=lengths)
                 for _ in self._logits(part):
                     pass
 

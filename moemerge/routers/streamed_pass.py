@@ -16,7 +16,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.errors import RouterError
 from moemerge.families.layer_names import layer_prefix
-from moemerge.passes.decoder import Batch, embed, empty_model, group, run_layer
+from moemerge.passes.decoder import Batch, before_layers, embed, empty_model, group, run_layer
 from moemerge.passes.finite import all_finite, where_it_began
 from moemerge.passes.weights import read_ahead, read_parameter
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
@@ -77,18 +77,20 @@ def _embedded(model: Any, groups: Sequence[Sequence[EncodedPrompt]], request: Pa
     """Run the embeddings over each group of prompts, up to the first layer."""
     family = request.base.model.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
-    embeddings = request.base.tensors[family.embeddings]
+    tensors = request.base.tensors
+    for name in before_layers(model, norm):
+        read_parameter(model, name, tensors[f"model.{name}"], {}, request.compute)
     batches = [
         embed(
             model,
             norm,
             [prompt.ids for prompt in part],
-            lambda ids: torch.from_numpy(read_rows(embeddings, ids)),
+            lambda name, ids: torch.from_numpy(read_rows(tensors[name], ids)),
             request.compute,
         )
         for part in groups
     ]
-    _check_finite("the embeddings", batches, [embeddings])
+    _check_finite("the embeddings", batches, [tensors[family.embeddings]])
     return batches
 
 
