@@ -17,6 +17,7 @@ from moemerge.merging.options import MergeOptions
 from moemerge.routers import streamed_pass
 from tests.evaluation.test_evaluation import CPU, losses_of, windows
 from tests.support.families import GEMMA4, GEMMA4_E, reference
+from tests.support.hub_world import files_of
 from tests.support.models import (
     assert_close,
     load,
@@ -26,6 +27,7 @@ from tests.support.models import (
     save_weights,
     write_config,
 )
+from tests.support.multimodal import make_multimodal
 from tests.support.vocabularies import with_tokens
 
 pytestmark = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 knows no Gemma 4")
@@ -167,3 +169,18 @@ def test_gguf_files_are_not_written_of_them(tmp_path):
     with pytest.raises(RefusedError) as refusal:
         merge_to_gguf(plan, tmp_path / "out.gguf")
     assert "was not tried with embeddings for each layer, nor with keys that layers share" in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_from_the_hub_a_streamed_merge_is_the_same(world, machine, tmp_path):
+    folders = [make_multimodal(tmp_path / name, "gemma4, as E2B", seed) for seed, name in enumerate(("a", "b", "c"))]
+    for folder in folders:
+        world.hub.add(f"acme/{folder.name}", files_of(folder))
+    path = write_config(machine.folder / "merge.yaml", "acme/a", ["acme/b", "acme/c"])
+    result = machine.moemerge(str(path), "streamed", "--stream", "--quiet")
+    assert result.code == 0, result.err
+    plan = plan_merge(load_config(write_config(tmp_path / "m.yaml", folders[0], folders[1:])))
+    merge(plan, tmp_path / "local")
+    found, expected = load_weights(machine.folder / "streamed"), load_weights(tmp_path / "local")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
