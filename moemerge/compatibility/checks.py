@@ -100,7 +100,9 @@ def check_base(
         model,
         *_readable("base_model", tensors, expected | kept, found, takes_all=True),
         allowed=ffn,
-        never_taken=lambda tensor: bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)),
+        never_taken=lambda tensor: (
+            bool(_BUFFER.search(tensor) or _OTHER_HEAD.match(tensor)) or tensor in model.unread_tensors
+        ),
         found=found,
     )
     _check_quantisation("base_model", model, tensors, found)
@@ -123,7 +125,7 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo]
     beside = {tensor.name.partition(".")[0] for tensor in model.family.tensors} - {model.family.ffn_module}
 
     def never_taken(tensor: str) -> bool:
-        if _BUFFER.search(tensor):
+        if _BUFFER.search(tensor) or tensor in model.unread_tensors:
             return True
         if not (inside := _IN_LAYER.match(tensor)):
             return True

@@ -93,7 +93,7 @@ def measure_distances(
         CheckpointError: a file cannot be read.
         SourceError: a file on the Hub cannot be reached.
     """
-    fitting = {name: expert for name, expert in experts.items() if expert.model.sizes["ffn"] == base.model.sizes["ffn"]}
+    fitting = {name: expert for name, expert in experts.items() if expert.model.ffn_widths == base.model.ffn_widths}
     chosen = {name: _spread(_changed_by_adapters(expert, layers[name])) for name, expert in fitting.items()}
     theirs = {(name, layer, role): _block(fitting[name], layer, role) for name, layer, role in _places(chosen)}
     ours = {(layer, role): _block(base, layer, role) for _, layer, role in _places(chosen)}
@@ -149,8 +149,8 @@ def distance_notes(
         f"{name}: whether it is a fine-tune of the base model is not known: its FFNs "
         + (
             "have no finite numbers to compare, or the base has none or zeros"
-            if model.sizes["ffn"] == base.sizes["ffn"]
-            else f"are {model.sizes['ffn']} wide, the base's {base.sizes['ffn']}"
+            if model.ffn_widths == base.ffn_widths
+            else f"are {max(model.ffn_widths)} wide, the base's {max(base.ffn_widths)}"
         )
         for name, folder, model in experts
         if not distances[folder.reference].by_layer

@@ -132,7 +132,8 @@ class EditAssembly:
             scale = slot.scale if role == "down" else 1.0
             return Piece(slot.projection(self.mixture, layer, role), dtype, scale, slot.noise_scale)
 
-        return self._padded(piece, roles, slot.width(self.mixture), self.width)
+        own = slot.projection(self.mixture, layer, "down").shape[-1]
+        return self._padded(piece, roles, own, self.width)
 
     def _padded(self, piece: Callable[[Role], Piece], roles: tuple[Role, ...], own: int, width: int) -> Output:
         """Put the projections of an FFN with `own` neurons below each other, padded to `width` with zeros."""

@@ -144,6 +144,7 @@ def _distance(slot: Slot, mixture: StoredMixture) -> float:
         if ours.dtype not in CONFIG_DTYPES:  # quantised
             return 0.0
         old, new = (read_values(tensor.rows(0, _ROWS)) for tensor in (ours, theirs))
+        old = old[:, : new.shape[1]]  # in some layers a dense model's FFN may be narrower
         squares += np.square(new - old).sum(), np.square(old).sum()
     return float((squares[0] / squares[1]) ** 0.5) if squares[1] else 0.0
 

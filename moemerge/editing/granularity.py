@@ -9,7 +9,7 @@ ones, are a G-th of it, which a factor of G on the down projections makes good; 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from moemerge.editing.slots import Kept, Slot
+from moemerge.editing.slots import Added, Kept, Slot
 from moemerge.families.stored_mixture import StoredMixture, per_token_key
 
 
@@ -23,7 +23,11 @@ def split_problems(slots: Sequence[Slot], mixture: StoredMixture, parts: int) ->
     """Yield why experts cannot be split so; nothing where `parts` is 1."""
     if parts == 1:
         return
-    widths = {slot.width(mixture): slot for slot in slots}
+    widths = {
+        width: slot
+        for slot in slots
+        for width in (slot.own.model.ffn_widths if isinstance(slot, Added) else [slot.width(mixture)])
+    }
     for width, slot in widths.items():
         if width % parts:
             whose = "the mixture's experts have" if isinstance(slot, Kept) else f"{slot.place} has"

@@ -44,7 +44,7 @@ def preview(whole: MixtureModel, plan: EditPlan, rows: Mapping[int, Rows], seed:
         tensors[name] = replace(Planned(name, dtype, output.shape, bands, seed).tensor(), name=name)
     keys = {key: plan.output_config.get(key, value) for key, value in whole.runnable.keys.items()}
     names = plan.config.expert_names
-    runnable = stored("the edited mixture", whole.family.model_type, keys, tensors, "model.embed_tokens.weight")
+    runnable = stored("the edited mixture", whole.family.model_type, keys, tensors)
     return replace(
         whole,
         runnable=runnable,

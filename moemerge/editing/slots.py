@@ -80,11 +80,12 @@ class Added(_Changed):
 
     def width(self, _mixture: StoredMixture) -> int:
         """Number of its neurons."""
-        return self.own.model.sizes["ffn"] // self.parts
+        return max(self.own.model.ffn_widths) // self.parts
 
     def projection(self, _mixture: StoredMixture, layer: int, role: Role) -> TensorInfo:
-        """One projection of its FFN; see `Kept.projection`."""
-        return self._change(self.own.projection(layer, role), layer, role, self.width(_mixture))
+        """One projection of its FFN; see `Kept.projection`. In some layers it may be narrower than in others."""
+        width = self.own.model.ffn_widths[layer] // self.parts
+        return self._change(self.own.projection(layer, role), layer, role, width)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ def average(name: str, models: Sequence[Runnable]) -> Runnable | str:
             total += model.read(tensor)
         return total / len(models)
 
-    def rows(ids: list[int]) -> torch.Tensor:
-        return torch.stack([model.embeddings(ids) for model in models]).mean(dim=0)
+    def rows(table: str, ids: list[int]) -> torch.Tensor:
+        return torch.stack([model.rows(table, ids) for model in models]).mean(dim=0)
 
     known = [model.identity for model in models]
-    return replace(first, name=name, read=read, embeddings=rows, identity=f"mean of {known}" if all(known) else "")
+    return replace(first, name=name, read=read, rows=rows, identity=f"mean of {known}" if all(known) else "")
 
 
 def uniform(model: MixtureModel) -> Runnable | str:

@@ -55,7 +55,7 @@ def router_inputs(layer: Any, module: Any, batch: Batch, index: int) -> torch.Te
             run_layer(layer, batch, index)
     finally:
         handle.remove()
-    return seen[0].reshape(*batch.ids.shape, -1).float().cpu()
+    return seen[0].reshape(*batch.states.shape[:2], -1).float().cpu()
 
 
 class RouterWatcher:
@@ -91,7 +91,7 @@ class RouterWatcher:
         finally:
             for handle in handles:
                 handle.remove()
-        entered = [states.reshape(*batch.ids.shape, -1).float().cpu() for states in seen]
+        entered = [states.reshape(*batch.states.shape[:2], -1).float().cpu() for states in seen]
         choices = []
         for row, window in enumerate(part):
             states, *others = (each[row, : len(windows[window].ids)] for each in entered)

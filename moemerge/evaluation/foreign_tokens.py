@@ -26,12 +26,12 @@ def refusing_foreign_tokens(model: "Runnable", folders: Sequence[Path], ids_of: 
     if not (isinstance(own, Vocabulary) and isinstance(other, Vocabulary)):
         return model
     foreign = {number: token for token, number in other.ids.items() if own.ids.get(token) != number}
-    embeddings = model.embeddings
+    rows = model.rows
 
-    def checked(ids: list[int]) -> "torch.Tensor":
+    def checked(table: str, ids: list[int]) -> "torch.Tensor":
         for number in ids:
             if number in foreign:
                 raise CheckpointError(f"{model.name}: its tokenizer does not know {foreign[number]!r:.40} as {number}.")
-        return embeddings(ids)
+        return rows(table, ids)
 
-    return replace(model, embeddings=checked) if foreign else model
+    return replace(model, rows=checked) if foreign else model

@@ -16,11 +16,11 @@ class Head:
 
     def __init__(self, passing: TextPass) -> None:
         self._pass, model = passing, passing.model
-        self._names = [name for name in model.names(None) if not name.startswith(EMBEDDINGS)]
+        self._names = [name for name in model.names(None) if not name.startswith((EMBEDDINGS, *passing.first))]
         passing.load_named(self._names)
         heads = [copy.get_output_embeddings() for copy in passing.copies]
         if heads[0].weight.is_meta:
-            self._names.append(f"{EMBEDDINGS}weight")
+            self._names.append(f"{EMBEDDINGS}.weight")
             tied = model.read(self._names[-1]).to(dtype=passing.dtype)
             for head, device in zip(heads, passing.devices, strict=True):
                 head.weight = torch.nn.Parameter(tied.to(device), requires_grad=False)
@@ -50,10 +50,10 @@ class Head:
 
         def made(device: int, number: int) -> None:
             batch = self._pass.batches[number]
-            for start in range(0, batch.ids.shape[1], tokens):
+            for start in range(0, batch.states.shape[1], tokens):
                 span = slice(start, start + tokens)
                 lengths = tuple(max(0, min(length - start, tokens)) for length in batch.lengths)
-                part = replace(batch, ids=batch.ids[:, span], states=batch.states[:, span], lengths=lengths)
+                part = replace(batch, states=batch.states[:, span], lengths=lengths)
                 for _ in self._logits(device, part):
                     pass
 

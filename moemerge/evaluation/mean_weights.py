@@ -55,7 +55,7 @@ class MeasuredMixture:
     def losses_of(self, view: DenseView) -> dict[str, tuple[float, float]]:
         """The mixture's loss and a dense model's, in nats per token, by domain."""
         model = view.model
-        made = stored(_DENSE, model.family.model_type, model.class_keys, view.tensors, model.family.embeddings)
+        made = stored(_DENSE, model.family.model_type, model.class_keys, view.tensors)
         self._runs.run(_DENSE, made)
         found = {name: self._runs.sums[name] for name in (MERGED, _DENSE)}
         return {

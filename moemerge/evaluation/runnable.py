@@ -43,8 +43,8 @@ class Runnable:
     """Shape of every tensor, by its name in the checkpoint."""
     read: Callable[[str], torch.Tensor]
     """A function from a name to the tensor's values on the CPU, in the dtype that they are stored in."""
-    embeddings: Callable[[list[int]], torch.Tensor]
-    """A function that reads rows (token, hidden) of the token embeddings."""
+    rows: Callable[[str, list[int]], torch.Tensor]
+    """A function that reads rows (token, width) of a table of embeddings, by its name in the checkpoint."""
     identity: str = ""
     """A value that any other model or a change of its files changes; empty where it is not known."""
 
@@ -67,7 +67,7 @@ class Runnable:
     def norm(self) -> str:
         """Path within the decoder to the norm after the layers."""
         for name in self.names(None):
-            if match := re.fullmatch(r"model\.(\w*norm\w*)\.weight", name):
+            if match := re.fullmatch(r"model\.((?!per_layer_)\w*norm\w*)\.weight", name):
                 return match[1]
         raise CheckpointError(f"{self.name}: no tensor is the norm after the layers.")
 
@@ -180,7 +180,7 @@ def as_model(mixture: StoredMixture, folder: Path) -> MixtureModel:
     return MixtureModel(
         folder,
         family,
-        stored(str(folder), family.model_type, keys, mixture.tensors, "model.embed_tokens.weight"),
+        stored(str(folder), family.model_type, keys, mixture.tensors),
         mixture.names,
         mixture.experts_per_token,
         mixture.choosing,
@@ -220,7 +220,7 @@ def open_dense(reference: str, name: str, announce: Callable[[str], None], *, id
     if problems := sorted(f"{tensor} {reason}" for tensor, reason in lost.items() if tensor in needed):
         raise IncompatibleError(f"{reference}: cannot be run:", problems)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in lost}
-    made = stored(name, dense.family.model_type, dense.class_keys, tensors, dense.family.embeddings)
+    made = stored(name, dense.family.model_type, dense.class_keys, tensors)
     made = replace(made, identity=_identity(dense.class_keys, tensors))
     return made if ids_of is None else refusing_foreign_tokens(made, folder.own_folders, ids_of)
 
@@ -235,9 +235,7 @@ def _identity(keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str
     return hashlib.sha256(repr((sorted(keys.items()), files)).encode()).hexdigest()
 
 
-def stored(
-    name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo], embeddings: str
-) -> Runnable:
+def stored(name: str, model_type: str, keys: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Runnable:
     """Make a model of tensors that are stored, or computed while they are read.
 
     Args:
@@ -245,7 +243,6 @@ def stored(
         model_type: the class of transformers.
         keys: the settings of the class.
         tensors: all tensors of the model, by name.
-        embeddings: the name of the token embeddings.
     """
 
     def read(tensor: str) -> torch.Tensor:
@@ -259,7 +256,7 @@ def stored(
             read_into(tensors[tensor], values)
         return values
 
-    def rows(ids: list[int]) -> torch.Tensor:
-        return torch.from_numpy(read_rows(tensors[embeddings], ids))
+    def rows(table: str, ids: list[int]) -> torch.Tensor:
+        return torch.from_numpy(read_rows(tensors[table], ids))
 
     return Runnable(name, model_type, keys, {key: tensor.shape for key, tensor in tensors.items()}, read, rows)

@@ -162,10 +162,11 @@ def _dense(plan: MergePlan, parts: Parts, number: int) -> Runnable | str:
     """
     base, expert = parts.base, parts.experts[number]
     model, width = base.model, expert.model.sizes["ffn"]
+    by_layer = "wide_ffns" in model.facts | expert.model.facts
     held = [layer for layer in plan.mixture.moe_layers if number not in plan.mixture.absent.get(layer, ())]
     keys, family = model.class_keys, model.family
-    if width != model.sizes["ffn"]:
-        if len(held) < model.layers or not isinstance(family.ffn_width, str):
+    if expert.model.ffn_widths != model.ffn_widths:
+        if len(held) < model.layers or not isinstance(family.ffn_width, str) or by_layer:
             return f"{named_place(number, plan.config.expert_names)} has FFNs of another width than the base model's"
         keys |= {family.ffn_width: width}
     if any(projection.parts > 1 for projection in family.ffn.values()) and expert.model.family.ffn != family.ffn:
@@ -174,7 +175,7 @@ def _dense(plan: MergePlan, parts: Parts, number: int) -> Runnable | str:
     tensors = {n: base.tensors[n] for n in (*model.outside(), family.head, *inside) if n in base.tensors}
     for layer in range(model.layers):
         tensors |= _ffn(family, expert if layer in held else base, layer)
-    return stored(named_place(number, plan.config.expert_names), family.model_type, keys, tensors, family.embeddings)
+    return stored(named_place(number, plan.config.expert_names), family.model_type, keys, tensors)
 
 
 def _ffn(family: DenseFamily, source: ModelTensors, layer: int) -> dict[str, TensorInfo]:

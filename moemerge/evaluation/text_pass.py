@@ -12,14 +12,14 @@ from moemerge.evaluation.choices import Choice, RouterWatcher, router_inputs
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
-from moemerge.passes.decoder import embed, empty_model, group, run_layer
+from moemerge.passes.decoder import before_layers, embed, empty_model, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
 from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
 from moemerge.passes.sharing_out import shared_out
 from moemerge.passes.tokens import Window
 
-EMBEDDINGS: Final = "model.embed_tokens."
-"""How names of the token embeddings' tensors begin."""
+EMBEDDINGS: Final = "model.embed_tokens"
+"""How names of the tensors of embeddings begin."""
 
 
 class TextPass:
@@ -38,8 +38,11 @@ class TextPass:
         self.copies = [
             empty_model(model.model_type, model.keys, at, head=True, dtype=self.dtype) for at in self.devices
         ]
+        self.first = [f"model.{name}" for name in before_layers(self.copies[0].model, model.norm)]
+        """Names of the tensors that are computed with before the layers, beside embeddings."""
+        self.load_named(self.first)
         self.batches = [
-            embed(copy.model, model.norm, [windows[index].ids for index in part], model.embeddings, one)
+            embed(copy.model, model.norm, [windows[index].ids for index in part], model.rows, one)
             for part, copy, one in zip(self.places, cycle(self.copies), cycle(computes), strict=False)
         ]
         if not all(batch.is_finite for batch in self.batches):

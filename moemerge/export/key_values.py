@@ -95,6 +95,11 @@ def is_not_proportional(config: Config) -> bool:
     return bool(config["rope_parameters"]["full_attention"].get("rope_type") != "proportional")
 
 
+def has_layer_inputs(config: Config) -> bool:
+    """Whether layers have embeddings of their own, or share keys, as in mixtures of Gemma 4 E2B and E4B."""
+    return bool(config.get("hidden_size_per_layer_input") or config.get("num_kv_shared_layers"))
+
+
 def state_width(config: Config) -> int:
     """The width of states in layers with states, which the model need not have."""
     return int(config["mamba_expand"] * config["hidden_size"])

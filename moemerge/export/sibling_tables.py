@@ -8,6 +8,7 @@ from moemerge.export.key_values import (
     dense_lead,
     ends_dense,
     first_of,
+    has_layer_inputs,
     has_shared,
     heads_by_layer,
     is_not_proportional,
@@ -145,5 +146,9 @@ GEMMA4: Final = GgufFamily(
         ("add_value_length_swa", "head_dim"), EXPERT_WIDTH, ("add_head_count_kv", key_heads_of_kinds),
         ("add_rope_dimension_count", _WHOLE_HEAD), ("add_rope_dimension_count_swa", "head_dim"),
     ),
-    is_gemma4=True, refuses=((is_not_proportional, "turns layers without a window proportionally"),),
+    is_gemma4=True,
+    refuses=(
+        (is_not_proportional, "turns layers without a window proportionally"),
+        (has_layer_inputs, "was not tried with embeddings for each layer, nor with keys that layers share"),
+    ),
 )  # fmt: skip

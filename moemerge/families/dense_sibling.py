@@ -72,7 +72,9 @@ _NEEDED: Final = (
 _ALWAYS: Final = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _BIASES: Final = ("attention_bias", "use_bias")
 # What says of a family with experts that a model has none, or how wide its FFN is.
-_DENSE_ALONE: Final = {"num_local_experts": 0, "enable_moe_block": False, "block_auto_adjust_ff_dim": False}
+_DENSE_ALONE: Final = {
+    "num_local_experts": 0, "enable_moe_block": False, "block_auto_adjust_ff_dim": False, "use_double_wide_mlp": False,
+}  # fmt: skip
 # Families that tell their layers apart as their mixtures do.
 _SAME_LAYERS: Final = ("lfm2", "cohere2", "qwen3_5_text", "gemma4_text", "granitemoehybrid", "granite_swa")
 

@@ -237,7 +237,7 @@ def _of_mixture(mixture: StoredMixture, layer: int) -> set[str]:
 
 def _tensors(mixture: StoredMixture, model: DenseModel, ffns: Mapping[int, Ffn]) -> dict[str, TensorInfo]:
     """The dense model's tensors by name, under its own names."""
-    found = {name: mixture.tensors[name] for name in model.family.first}
+    found = {name: mixture.tensors[name] for name in model.first}
     turns = model.family.interleaved and not mixture.family.interleaved
     heads = Heads(model.sizes["head"], model.rotated_rows, into_pairs=True)
     for layer in range(model.layers):
@@ -271,7 +271,7 @@ def _further(mixture: StoredMixture) -> Iterator[str]:
 
 def _outside(mixture: StoredMixture, model: DenseModel) -> Iterator[str]:
     """Say which tensors outside the layers a dense model does not have."""
-    has = {*model.outside(), *model.family.first, model.family.last, model.family.head}
+    has = {*model.outside(), model.family.head}
     beside = [name for name in mixture.tensors if in_layer(name) is None and name not in has]
     lost = [name for name in beside if not name.endswith(model.family.derived)]
     if lost:

@@ -47,6 +47,10 @@ _GEMMA4: Final = {
     **_TIED, **_WINDOW, **_MIXED, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
     "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
 }  # fmt: skip
+_GEMMA4_E: Final = {
+    **_TIED, **_WINDOW, "head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
 _HYBRID: Final = {"num_local_experts": 0, "shared_intermediate_size": 96, **_TIED, **_GRANITE}
 _MINICPM: Final = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
@@ -68,6 +72,8 @@ _MODELS: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
     ("Qwen3 32B", "qwen3", _WIDE),
     ("Qwen3.5 9B", "qwen3_5_text", {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
     ("Gemma 4 12B", "gemma4_unified_text", _GEMMA4),
+    ("Gemma 4 E2B", "gemma4_text", _GEMMA4_E | {"use_double_wide_mlp": True}),
+    ("Gemma 4 E4B", "gemma4_text", _GEMMA4_E),
     ("Gemma 2B", "gemma", _TIED),
     ("Gemma 7B", "gemma", _TIED | _WIDE),
     ("GLM-4-9B, the -hf checkpoints", "glm", {}),
@@ -134,7 +140,7 @@ def _becomes(config: dict[str, Any], shared: int, layers: tuple[int, ...]) -> Be
     base = read_dense(text_alone(config))
     if isinstance(base, str):
         raise TypeError(base)
-    width = base.sizes["ffn"]
+    width = max(base.ffn_widths)
     try:
         choice = select_family(base, Mixture(base.layers, width, (width,) * 4, (width,) * shared, 2, layers, {}))
     except IncompatibleError:

@@ -138,7 +138,7 @@ GEMMA4_MOE: Final = MoeFamily(
         "use_double_wide_mlp", "per_layer_config",
     ),
     blocks=("gemma4",),
-    holds=frozenset({"window", "mixed_attention", "wide_heads"}),
+    holds=frozenset({"window", "mixed_attention", "wide_heads", "layer_inputs", "shared_keys", "wide_ffns"}),
     keeps_dense_ffn=True,
     # The dense FFN is a branch with a norm of its own, whose weight is 0; router and experts have the same input.
     extras=(

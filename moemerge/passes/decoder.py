@@ -33,10 +33,6 @@ class Batch:
     Padding is not masked: attention, convolutions and states are causal, so no token sees what follows it.
     """
 
-    ids: torch.Tensor
-    """Row numbers in `table` (sequence, position)."""
-    table: torch.Tensor
-    """Embeddings of the tokens that occur (token, hidden)."""
     states: torch.Tensor
     """Inputs of the next layer (sequence, position, hidden)."""
     arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -108,33 +104,49 @@ def group(sequences: Sequence[_Sequence], length: Callable[[_Sequence], int], bu
         yield together
 
 
+def before_layers(decoder: Any, norm: str) -> list[str]:
+    """Names within a decoder of what it computes with before its layers, beside tables of embeddings.
+
+    Args:
+        decoder: the part of the model with `embed_tokens` and `layers`.
+        norm: the name in it of the norm after the layers.
+    """
+    apart = tuple(f"{name}." for name in ("layers", norm, *_tables(decoder)))
+    return [name for name, _ in decoder.named_parameters() if not name.startswith(apart)]
+
+
+def _tables(decoder: Any) -> dict[str, int]:
+    """The tables of embeddings by their names within a decoder, with the width of their rows."""
+    children = decoder.named_children()
+    return {name: module.embedding_dim for name, module in children if isinstance(module, torch.nn.Embedding)}
+
+
 def embed(
     decoder: Any,
     norm: str,
     sequences: Sequence[Ids],
-    read_rows: Callable[[list[int]], torch.Tensor],
+    read_rows: Callable[[str, list[int]], torch.Tensor],
     compute: Compute,
 ) -> Batch:
     """Run everything before the layers, recording what the decoder would pass to each of them.
 
     Args:
-        decoder: the part of the model with `embed_tokens` and `layers`.
+        decoder: the part of the model with `embed_tokens` and `layers`; what `before_layers` names has its weights.
         norm: the name in it of the norm after the layers.
         sequences: token ids of each sequence.
-        read_rows: reads rows (token, hidden) of the embeddings; only those of the tokens that occur are read.
+        read_rows: reads rows (token, width) of a table of embeddings, by its name in checkpoints; only those of the
+            tokens that occur are read.
         compute: the device of the pass, and the dtype of the states.
     """
     tokens = sorted({token for ids in sequences for token in ids})
     place = {token: index for index, token in enumerate(tokens)}
     length = max(map(len, sequences))
     padded = [[place[token] for token in ids] + [0] * (length - len(ids)) for ids in sequences]
-    batch = Batch(
-        torch.tensor(padded, device=compute.device),
-        read_rows(tokens).to(device=compute.device, dtype=compute.dtype),
-        torch.empty(0),
-        {},
-        tuple(map(len, sequences)),
-    )
+    tables = {
+        name: read_rows(f"model.{name}.weight", tokens).to(device=compute.device, dtype=compute.dtype)
+        for name in _tables(decoder)
+    }
+    batch = Batch(torch.empty(0), {}, tuple(map(len, sequences)))
     embedded: list[torch.Tensor] = []
 
     def recorder(index: int) -> Any:
@@ -147,7 +159,8 @@ def embed(
         return forward
 
     modules = [*decoder.layers, decoder.get_submodule(norm)]
-    _call(decoder, decoder, batch, {module: recorder(index) for index, module in enumerate(modules)})
+    forwards = {module: recorder(index) for index, module in enumerate(modules)}
+    _call(decoder, decoder, torch.tensor(padded, device=compute.device), tables, forwards)
     batch.states = embedded[0]
     return batch
 
@@ -163,19 +176,29 @@ def finish(model: Any, decoder: Any, norm: str, batch: Batch) -> torch.Tensor:
     def norm_states(*_args: Any, **_kwargs: Any) -> Any:
         return forward(batch.states)
 
-    result = _call(model, decoder, batch, {**dict.fromkeys(decoder.layers, skip), last: norm_states})
-    logits: torch.Tensor = result.logits
+    # The states are known, whatever the tokens were.
+    tables = {name: batch.states.new_zeros(1, width) for name, width in _tables(decoder).items()}
+    ids = torch.zeros(batch.states.shape[:2], dtype=torch.long, device=batch.states.device)
+    forwards = {**dict.fromkeys(decoder.layers, skip), last: norm_states}
+    logits: torch.Tensor = _call(model, decoder, ids, tables, forwards).logits
     return logits
 
 
-def _call(model: Any, decoder: Any, batch: Batch, forwards: Mapping[Any, Callable[..., Any]]) -> Any:
-    """Call a model on a batch, with other forwards in place of some modules' own."""
-    decoder.embed_tokens.weight = torch.nn.Parameter(batch.table, requires_grad=False)
+def _call(
+    model: Any,
+    decoder: Any,
+    ids: torch.Tensor,
+    tables: Mapping[str, torch.Tensor],
+    forwards: Mapping[Any, Callable[..., Any]],
+) -> Any:
+    """Call a model on row numbers (sequence, position) of tables, with other forwards in place of some modules' own."""
+    for name, table in tables.items():
+        decoder.get_submodule(name).weight = torch.nn.Parameter(table, requires_grad=False)
     for module, forward in forwards.items():
         module.forward = forward
     try:
         with torch.inference_mode():
-            return model(input_ids=batch.ids, use_cache=False)
+            return model(input_ids=ids, use_cache=False)
     finally:
         for module in forwards:
             del module.forward

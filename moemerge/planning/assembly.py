@@ -32,10 +32,9 @@ class Source:
     reinit: Reinitialising | None = None
     """The neurons that are drawn anew, if some are."""
 
-    @property
-    def width(self) -> int:
-        """Number of neurons in each FFN."""
-        return self.own.model.sizes["ffn"]
+    def width(self, layer: int) -> int:
+        """Number of neurons in a layer's FFN."""
+        return self.own.model.ffn_widths[layer]
 
     def projection(self, layer: int, role: Role, dtype: HeaderDType) -> Piece:
         """Find one projection of a layer's FFN, which may be part of a larger tensor."""
@@ -61,7 +60,7 @@ class Assembly:
     def outputs(self) -> dict[str, Output]:
         """All tensors of the merged model by name, in the order of the layers; routers last."""
         model, tensors = self.base.own.model, self.base.own.tensors
-        outputs = {name: self._whole(name) for name in model.family.first}
+        outputs = {name: self._whole(name) for name in model.first}
         for layer in range(model.layers):
             outputs |= dict(self._attention(layer)) | dict(self._ffns(layer))
         outputs[model.family.last] = self._whole(model.family.last)
@@ -123,7 +122,7 @@ class Assembly:
         routed = layer in mixture.moe_layers
         if not routed or family.keeps_dense_ffn:
             for name, roles in (family.dense_ffn or _USUAL_FFN).items():
-                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width)
+                yield prefix + name, self._ffn([self.base], roles, layer, self.base.width(layer))
         if not routed:
             return
         absent = mixture.absent.get(layer, frozenset())
@@ -158,7 +157,7 @@ class Assembly:
         """Put the neurons of all `sources` side by side in one FFN, padded to `width` with neurons of zeros."""
         hidden = self.base.own.model.sizes["hidden"]
         shape = (hidden, width) if roles == ("down",) else (width * len(roles), hidden)
-        padding = width - sum(source.width for source in sources)
+        padding = width - sum(source.width(layer) for source in sources)
         bands: list[Band] = []
         for role in roles if width else ():
             pieces = [source.projection(layer, role, self.dtype) for source in sources]

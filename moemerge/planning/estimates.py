@@ -8,6 +8,7 @@ from typing import Final
 from moemerge.checkpoint.jobs import CONNECTIONS, MAX_THREADS
 from moemerge.checkpoint.memory import held_by_bands
 from moemerge.config.schema import Expert, MergeConfig
+from moemerge.families.dense import DenseModel, ModelTensors
 from moemerge.families.layer_names import layer_prefix
 from moemerge.planning.models import Models
 from moemerge.planning.output import Output
@@ -42,9 +43,7 @@ def peak_memory_bytes(
 
     Matrices are held as a whole where they are transposed, or dequantised from columns.
     """
-    layer = sum(
-        4 * math.prod(tensor.shape) for name, tensor in parts.base.tensors.items() if name.startswith(layer_prefix(0))
-    )
+    layer = _largest_layer_bytes(parts.base)
     chooses = config.shared_weights.is_open
     reads_prompts = shape.runs_base or chooses or config.method.reads_text
     on_hub = any(isinstance(source.origin, Reference) for source in models.sources)
@@ -53,7 +52,7 @@ def peak_memory_bytes(
     tokenizer_bytes = tokenizer.stat().st_size if tokenizer.is_file() else 0
     makes_tokenizer = bool(shape.base_files.made(shape.model_type))
     imports_transformers = shape.runs_base or chooses or makes_tokenizer or (reads_prompts and not tokenizer_bytes)
-    states = _STATES_BYTES * models.base.model.sizes["ffn"]
+    states = _STATES_BYTES * max(models.base.model.ffn_widths)
     return (
         _PROGRAM_BYTES
         + _HUB_BYTES * on_hub
@@ -74,12 +73,25 @@ def _matrix_bytes(outputs: Mapping[str, Output], threads: int) -> int:
     return sum(held[: threads + 1])
 
 
+def _largest_layer_bytes(base: ModelTensors) -> int:
+    """Find the bytes of the largest layer in float32, with what is computed with before the layers."""
+    sizes = {name: 4 * math.prod(tensor.shape) for name, tensor in base.tensors.items()}
+    first = sum(sizes[name] for name, axes in base.model.first.items() if name in sizes and "vocab" not in axes[0])
+    prefixes = map(layer_prefix, range(base.model.layers))
+    return first + max(sum(size for name, size in sizes.items() if name.startswith(prefix)) for prefix in prefixes)
+
+
+def _token_bytes(base: DenseModel, states: int) -> int:
+    """Estimate what a token takes in a pass that holds so many states of it, and what all layers are given beside."""
+    return 4 * (states * base.sizes["hidden"] + base.sizes.get("layer_inputs", 0))
+
+
 def _choice_bytes(models: Models) -> int:
     """Estimate the bytes that a choice of shared weights adds to a layer: every model's states, and the head."""
     sizes = models.base.model.sizes
     runs = (1 + len(MIXED)) * len(models.experts)
     head = 2 * 4 * sizes["vocab"] * sizes["hidden"] + _HEAD_COPIES * 4 * _HEAD_TOKENS * sizes["vocab"]
-    return 2 * 4 * runs * TOKENS * sizes["hidden"] + head
+    return runs * TOKENS * _token_bytes(models.base.model, 2) + head
 
 
 def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
@@ -97,7 +109,7 @@ def _fit_bytes(config: MergeConfig, models: Models, shape: Shape) -> int:
     # logits, which are sorted.
     base, vocab = models.base.model, models.base.model.config["vocab_size"]
     writing = 4 * hidden * (2 * vocab + 2 * max(written) * base.layers) + 16 * SEQUENCES * vocab if written else 0
-    return max(4 * 4 * tokens * hidden + (20 * hidden * hidden if solves else 0), writing)
+    return max(tokens * _token_bytes(base, 4) + (20 * hidden * hidden if solves else 0), writing)
 
 
 def written_tokens(expert: Expert) -> int:

@@ -155,7 +155,8 @@ def output_notes(outputs: Mapping[str, Output], dtype: DType, shared: int) -> li
     )
     if zeros:
         notes.append(
-            f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others, or absent from layers"
+            f"{shown_bytes(zeros)} of the output are zeros: of experts narrower than others or in some layers, or "
+            "absent from layers"
         )
     if idle := sum(piece.nbytes for output in outputs.values() if _is_idle(output) for piece in output.pieces):
         notes.append(

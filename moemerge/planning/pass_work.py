@@ -67,7 +67,7 @@ def pass_work(config: MergeConfig, shape: Shape, parts: Parts) -> PassWork | Non
     passes = 2 if config.method.labels_texts else 1
     operations = 2.0 * run * (tokens + passes * unsorted) + _READING * run * passes
     if config.method.reads_weights:  # gate and up projections, beside the base's
-        changed = [2 * expert.model.sizes["ffn"] * base.model.sizes["hidden"] for expert in parts.experts]
+        changed = [2 * max(expert.model.ffn_widths) * base.model.sizes["hidden"] for expert in parts.experts]
         operations += 2.0 * _READING * len(layers) * sum(changed[: len(config.experts)])
     return PassWork(tokens + unsorted, last + 1, operations)
 

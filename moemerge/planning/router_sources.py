@@ -79,11 +79,11 @@ def check_widths(config: MergeConfig, base: DenseModel, models: Sequence[DenseMo
         return []
     names = config.expert_names
     return [
-        f"{named_place(number, names)}: its FFN has {model.sizes['ffn']} neurons, the base model's "
-        f"{base.sizes['ffn']}, so the weights cannot be compared as gate_mode {config.method.name} does: give the "
+        f"{named_place(number, names)}: its FFN has {max(model.ffn_widths)} neurons, the base model's "
+        f"{max(base.ffn_widths)}, so the weights cannot be compared as gate_mode {config.method.name} does: give the "
         "experts prompts, or choose random"
         for number, model in enumerate(models)
-        if model.sizes["ffn"] != base.sizes["ffn"]
+        if model.ffn_widths != base.ffn_widths
     ]
 
 
@@ -137,13 +137,17 @@ def router_reads(
     layers = [layer_prefix(layer) for layer in range(last + 1)] if runs_base else []
     never_run = f"{layer_prefix(last)}{base.model.family.ffn_module}."
     for name, tensor in base.tensors.items():
-        is_embeddings = name == base.model.family.embeddings and (runs_base or config.method.reads_embeddings)
-        if is_embeddings or (name.startswith(tuple(layers)) and not name.startswith(never_run)):
+        is_embeddings = name == base.model.family.embeddings and config.method.reads_embeddings
+        if (
+            is_embeddings
+            or (runs_base and name in base.model.first)
+            or (name.startswith(tuple(layers)) and not name.startswith(never_run))
+        ):
             yield tensor
     for writer in config.writers:
         yield from experts[writer].tensors.values()
     if config.method.reads_weights:
-        comparable = [expert for expert in experts if expert.model.sizes["ffn"] == base.model.sizes["ffn"]]
+        comparable = [expert for expert in experts if expert.model.ffn_widths == base.model.ffn_widths]
         for source in (base, *comparable):
             for layer in mixture.moe_layers:
                 yield source.projection(layer, "gate")

@@ -156,8 +156,8 @@ def mixture_of(
     return Mixture(
         layers=base.layers,
         dense_width=base.sizes["ffn"],
-        expert_widths=tuple(model.sizes["ffn"] for model in experts),
-        shared_widths=tuple(model.sizes["ffn"] for model in shared),
+        expert_widths=tuple(max(model.ffn_widths) for model in experts),
+        shared_widths=tuple(max(model.ffn_widths) for model in shared),
         experts_per_token=config.experts_per_token,
         moe_layers=moe_layers,
         absent=absent,

@@ -108,7 +108,7 @@ def _kept(base: ModelTensors, experts: Mapping[str, ModelTensors]) -> dict[str, 
 
 def _outside(base: ModelTensors) -> list[str]:
     """Names of the tensors that are mixed only where all vocabularies have one size."""
-    return [name for name in (*base.model.family.first, base.model.family.head) if name in base.tensors]
+    return [name for name in (*base.model.first, base.model.family.head) if name in base.tensors]
 
 
 def _inside(base: DenseModel) -> list[str]:

@@ -280,7 +280,8 @@ def _has_template(member: Member) -> bool:
 
 
 def _resized(base: DenseModel, size: int, special: Mapping[str, Any] = {}) -> DenseModel:
-    return replace(base, config={**base.config, "vocab_size": size, **special})
+    sizes: dict[str, Any] = dict.fromkeys({"vocab_size", "vocab_size_per_layer_input"} & base.config.keys(), size)
+    return replace(base, config={**base.config, **sizes, **special})
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[Run]:

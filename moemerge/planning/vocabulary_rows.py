@@ -55,8 +55,8 @@ def with_unmixed_rows(parts: Parts, unmixed: Collection[int], own: Mapping[str, 
     """
     base, many = parts.base, len(unmixed) > _MOST_UNMIXED
     taken: dict[str, TensorInfo] = {}
-    for name, axes in {**base.model.family.first, base.model.family.head: ("vocab", "hidden")}.items():
-        if unmixed and name in base.tensors and axes[0] == "vocab" and base.tensors[name] != own[name]:
+    for name in _with_row_for_each_token(base):
+        if unmixed and base.tensors[name] != own[name]:
             taken[name] = (
                 own[name] if many else _stacked(name, [*_rows_by_turns(base.tensors[name], own[name], unmixed)])
             )
@@ -67,6 +67,12 @@ def with_unmixed_rows(parts: Parts, unmixed: Collection[int], own: Mapping[str, 
         f"expert's tokenizer has other tokens under the ids of {len(unmixed)} of the base's"
     )
     return replace(parts, base=ModelTensors(base.model, {**base.tensors, **taken}), notes=(*parts.notes, note))
+
+
+def _with_row_for_each_token(model: ModelTensors) -> list[str]:
+    """Names of a model's embeddings and head, and of embeddings for each layer."""
+    axes = {**model.model.first, model.model.family.head: ("vocab", "hidden")}
+    return [name for name in axes if name in model.tensors and axes[name][0] in {"vocab", "layer_vocab"}]
 
 
 def _rows_by_turns(mixed: TensorInfo, own: TensorInfo, unmixed: Collection[int]) -> Iterator[TensorInfo]:
@@ -92,11 +98,10 @@ def with_vocabulary(parts: Parts, vocabulary: OutputVocabulary | None, models: M
         return parts
     base, problems = parts.base, list[str]()
     taken: dict[str, TensorInfo] = {}
-    for name, axes in {**base.model.family.first, base.model.family.head: ("vocab", "hidden")}.items():
-        if name in base.tensors and axes[0] == "vocab":
-            runs = list(_runs(name, parts, vocabulary, models, problems))
-            if not problems:
-                taken[name] = _stacked(name, runs)
+    for name in _with_row_for_each_token(base):
+        runs = list(_runs(name, parts, vocabulary, models, problems))
+        if not problems:
+            taken[name] = _stacked(name, runs)
     refuse(problems)
     merged = ModelTensors(vocabulary.model, {**base.tensors, **taken})
     notes = _unequal(parts, vocabulary.new, models)

@@ -59,7 +59,7 @@ def neutral_states(inputs: RouterInputs) -> torch.Tensor:
 
 def _response(expert: int, layer: int, mean: torch.Tensor, request: PassRequest) -> torch.Tensor:
     """Half the slope (hidden,) of `|D z|^2 / |D|^2` at `mean`: `D'D m / |D|^2`."""
-    if request.experts[expert].model.sizes["ffn"] != request.base.model.sizes["ffn"]:
+    if request.experts[expert].model.ffn_widths != request.base.model.ffn_widths:
         return torch.zeros_like(mean)
     slope, changed, whole = response_slope(expert, layer, mean, request)
     return slope / changed if 0 < changed <= STRANGER**2 * whole else torch.zeros_like(slope)

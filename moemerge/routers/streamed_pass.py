@@ -18,7 +18,7 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.checkpoint.numbers import read_rows
 from moemerge.errors import RouterError
 from moemerge.families.layer_names import layer_prefix
-from moemerge.passes.decoder import Batch, embed, empty_model, group, run_layer
+from moemerge.passes.decoder import Batch, before_layers, embed, empty_model, group, run_layer
 from moemerge.passes.finite import all_finite, where_it_began
 from moemerge.passes.sharing_out import shared_out
 from moemerge.passes.weights import copy_parameter, read_ahead, read_parameter
@@ -83,18 +83,20 @@ def _embedded(models: Sequence[Any], groups: Sequence[Sequence[EncodedPrompt]], 
     """Run the embeddings over each group of prompts, up to the first layer."""
     family = request.base.model.family
     norm = family.last.removeprefix("model.").removesuffix(".weight")
-    embeddings = request.base.tensors[family.embeddings]
+    tensors = request.base.tensors
+    for name in before_layers(models[0], norm):
+        _read(models, name, tensors[f"model.{name}"], [{} for _ in models], request)
     batches = [
         embed(
             model,
             norm,
             [prompt.ids for prompt in part],
-            lambda ids: torch.from_numpy(read_rows(embeddings, ids)),
+            lambda name, ids: torch.from_numpy(read_rows(tensors[name], ids)),
             compute,
         )
         for part, model, compute in zip(groups, cycle(models), cycle(request.compute.each[: len(models)]), strict=False)
     ]
-    _check_finite("the embeddings", batches, [embeddings])
+    _check_finite("the embeddings", batches, [tensors[family.embeddings]])
     return batches
 
 
@@ -137,6 +139,20 @@ def _stored(layer: Any, request: PassRequest, index: int, *, skip_ffn: bool) -> 
     }
 
 
+def _read(
+    modules: Sequence[Any],
+    name: str,
+    tensor: TensorInfo,
+    rooms: Sequence[dict[str, torch.Tensor]],
+    request: PassRequest,
+) -> None:
+    """Read a tensor into a module, on each device."""
+    first, *others = zip(modules, rooms, request.compute.each, strict=False)
+    read_parameter(first[0], name, tensor, *first[1:])
+    for module, room, compute in others:
+        copy_parameter(module, name, rooms[0][name], room, compute)
+
+
 def _place(
     layers: Sequence[Any],
     name: str,
@@ -145,10 +161,7 @@ def _place(
     request: PassRequest,
 ) -> None:
     """Read a tensor into a layer, on each device, quantised if the request says so."""
-    first, *others = zip(layers, rooms, request.compute.each, strict=False)
-    read_parameter(first[0], name, tensor, *first[1:])
-    for layer, room, compute in others:
-        copy_parameter(layer, name, rooms[0][name], room, compute)
+    _read(layers, name, tensor, rooms, request)
     path, _, own = name.rpartition(".")
     if request.base_bits and own in dict(layers[0].get_submodule(path).named_parameters(recurse=False)):
         from moemerge.passes.quantised import quantise_weight  # imports bitsandbytes, an extra

@@ -7,11 +7,15 @@ memory holds one layer, the embeddings and the keys and values of attention.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
+from torch import nn
 
 from moemerge.chats import Chat, as_chat
 from moemerge.checkpoint.derived import unscaled
 from moemerge.checkpoint.header import TensorInfo
+from moemerge.checkpoint.numbers import read_rows
 from moemerge.families.dense import ModelTensors
 from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.chats import encode_question
@@ -24,9 +28,6 @@ from moemerge.progress import Progress, Task
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES, EncodedPrompt
 from moemerge.routers.request import RouterRequest
-
-if TYPE_CHECKING:
-    import torch
 
 # Nucleus sampling (https://arxiv.org/abs/1904.09751): without it, small models stray from their subject.
 _TOP_P: Final = 0.95
@@ -97,7 +98,12 @@ def _streamed(expert: ModelTensors, compute: Compute, ran: Callable[[int], None]
     source = expert.model
     model = empty_model(source.family.model_type, source.class_keys, compute.device, head=True, dtype=compute.dtype)
     for name in model.state_dict():
-        if not name.startswith("model.layers.") and name in expert.tensors:
+        if name.startswith("model.layers.") or name not in expert.tensors:
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            module.register_forward_pre_hook(partial(_read_occurring, expert.tensors[name], compute))
+        else:
             read_parameter(model, name, expert.tensors[name], {}, compute)
     head = model.get_output_embeddings()
     if head.weight.is_meta:
@@ -116,3 +122,13 @@ def _streamed(expert: ModelTensors, compute: Compute, ran: Callable[[int], None]
 
         layer.register_forward_pre_hook(read)
     return model
+
+
+def _read_occurring(
+    stored: TensorInfo, compute: Compute, module: nn.Embedding, inputs: tuple[torch.Tensor]
+) -> tuple[torch.Tensor]:
+    """Give a table of embeddings, which may be larger than all layers, only the rows of tokens that occur."""
+    tokens, places = torch.unique(inputs[0], return_inverse=True)
+    rows = torch.from_numpy(read_rows(stored, tokens.tolist()))
+    module.weight = nn.Parameter(rows.to(compute.device, compute.dtype), requires_grad=False)
+    return (places,)

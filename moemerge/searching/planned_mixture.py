@@ -48,7 +48,10 @@ class LayerReads:
                 self._held[key] = model.read(tensor)
             return self._held[key]
 
-        return replace(model, read=read, embeddings=lambda ids: read(_EMBEDDINGS)[ids].float())
+        def rows(table: str, ids: list[int]) -> torch.Tensor:
+            return read(table)[ids].float() if table == _EMBEDDINGS else model.rows(table, ids)
+
+        return replace(model, read=read, rows=rows)
 
 
 def planned_model(plan: MergePlan, routers: Routers, name: str, reads: LayerReads) -> Runnable:

@@ -14,11 +14,10 @@ _WRAPPER: Final = re.compile(
 )
 # Names that training loops give the model they hold; they count as such only in front of all tensors.
 _HOLDER: Final = re.compile(r"([\w.]+?\.)model\.layers\.\d+\.")
-_BODY: Final = re.compile(r"(layers\.\d+|embed_tokens|\w*norm)\.")
+_PARTS: Final = r"(?:layers\.\d+|embed_tokens\w*|per_layer_\w+|\w*norm)\."
+_BODY: Final = re.compile(_PARTS)
 # A text model inside a multimodal one, as transformers 4 and 5 and released files name it, and its head.
-_TEXT: Final = re.compile(
-    r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?=(?:layers\.\d+|embed_tokens|\w*norm)\.)"
-)
+_TEXT: Final = re.compile(rf"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?={_PARTS})")
 _HEAD: Final = re.compile(r"(?:model\.)?(?:language_model\.)?(?=lm_head\.)")
 _NEXT_TOKENS: Final = "mtp."
 

@@ -35,9 +35,9 @@ def states_of(words: list[object], monkeypatch) -> tuple[set[torch.dtype], int]:
     """The dtypes of the states that a command's streamed passes begin with, and its exit code."""
     call, seen = decoder._call, set()
 
-    def watched(model, part, batch, forwards):
-        seen.add(batch.table.dtype)
-        return call(model, part, batch, forwards)
+    def watched(model, part, ids, tables, forwards):
+        seen.update(table.dtype for table in tables.values())
+        return call(model, part, ids, tables, forwards)
 
     monkeypatch.setattr(decoder, "_call", watched)
     monkeypatch.setattr(packages, "find_spec", lambda _: object())  # as if llama.cpp were there, until it is needed

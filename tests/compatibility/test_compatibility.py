@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moemerge import load_config, merge, plan_merge
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError
 from moemerge.sources.quantised.table import METHODS
-from tests.support.models import SIZES, edit_json, make_model, write_config
+from tests.support.models import SIZES, VOCAB, edit_json, make_model, write_config
 
 
 @pytest.fixture
@@ -430,8 +430,15 @@ def test_what_a_config_leaves_out_is_what_its_class_means(tmp_path, pair):
         ),
         (
             {"model_type": "gemma4", "text_config": {**SIZES, "model_type": "gemma4_text", "num_kv_shared_layers": 2}},
-            "hidden_size_per_layer_input is 256: inputs of each layer, as in E2B and E4B, are not read; "
-            "num_kv_shared_layers is 2: layers that share keys and values, as in E2B and E4B, are not read",
+            "num_kv_shared_layers is 2, which leaves no layer of full_attention with keys of its own",
+        ),
+        (
+            {"model_type": "gemma4_text", "vocab_size_per_layer_input": 100},
+            f"vocab_size_per_layer_input is 100, and so less than vocab_size, {VOCAB}",
+        ),
+        (
+            {"model_type": "gemma4_text", "per_layer_config": {"0": {"head_dim": 64}}},
+            "its per_layer_config says more than one head_dim of layers with full attention",
         ),
         ({"model_type": ["x"]}, "its model_type is ['x']"),
         ({"num_hidden_layers": 10**9}, "its config.json needs a positive whole number for num_hidden_layers"),

@@ -129,7 +129,7 @@ def test_the_pass_ends_with_the_last_layer_that_has_a_router(tmp_path, monkeypat
 
 def test_what_stands_in_the_padding_may_be_anything():
     states = torch.ones(2, 4, 3)
-    batch = decoder.Batch(torch.zeros(2, 4, dtype=torch.long), torch.ones(1, 3), states, {}, (4, 2))
+    batch = decoder.Batch(states, {}, (4, 2))
     states[1, 2:] = torch.nan
     assert batch.is_finite
     states[1, 1, 0] = -torch.inf

@@ -82,6 +82,10 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "enable_moe_block": False,
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
+GEMMA4_E = GEMMA4 | {
+    "hidden_size_per_layer_input": 6, "attention_k_eq_v": False, "num_global_key_value_heads": None,
+    "num_kv_shared_layers": 1, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}  # fmt: skip
 MLA = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -155,6 +159,8 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma4_text": ("gemma4_text", GEMMA4),
+    "gemma4_text, as E4B": ("gemma4_text", GEMMA4_E),
+    "gemma4_text, as E2B, tied": ("gemma4_text", GEMMA4_E | {"use_double_wide_mlp": True, "tie_word_embeddings": True}),
     "youtu": ("youtu", MLA),
     "glm": ("glm", {"head_dim": 8}),
     "glm, head_dim 12, tied, no biases": ("glm", {"head_dim": 12, "tie_word_embeddings": True, "attention_bias": False}),

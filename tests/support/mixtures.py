@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from tests.support.families import GEMMA4, MIXED, MLA, MUP
+from tests.support.families import GEMMA4, GEMMA4_E, MIXED, MLA, MUP
 from tests.support.models import SIZES, edit_json, tokenizer
 
 Layout = Literal["released", "in_memory"]
@@ -117,6 +117,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text": (
         "gemma4_text",
         {**GEMMA4, "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
+    "gemma4_text, as E2B": (
+        "gemma4_text",
+        {
+            **GEMMA4_E, "use_double_wide_mlp": True, "enable_moe_block": True, "num_experts": EXPERTS,
+            "top_k_experts": 2, "moe_intermediate_size": 24,
+        },
     ),
     "deepseek_v2": (
         "deepseek_v2", {**_ROUTED, **MLA, "topk_method": "greedy", "norm_topk_prob": False},

@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from tests.support.families import DENSE, GEMMA4
+from tests.support.families import DENSE, GEMMA4, GEMMA4_E
 from tests.support.models import SIZES, VOCAB, edit_json, tokenizer
 
 IMAGES_HAVE_TYPES = not transformers.__version__.startswith("4.")
@@ -54,6 +54,14 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {
             "vision_config": {"model_type": "gemma4_vision", **VISION, "head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 64, "pooling_kernel_size": 2, "patch_size": 4},
             "audio_config": None, "image_token_id": IMAGE,
+        },
+    ),
+    "gemma4, as E2B": (
+        "gemma4", "gemma4_text", GEMMA4_E | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+        {
+            "vision_config": {"model_type": "gemma4_vision", **VISION, "head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 64, "pooling_kernel_size": 2, "patch_size": 4},
+            "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16, "subsampling_conv_channels": [128, 4]},
+            "image_token_id": IMAGE,
         },
     ),
     "gemma4_unified": (
@@ -113,6 +121,8 @@ def make_multimodal(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if "norm" in name else noise * (0.5 if "embed" in name else 0.2))
+        for buffer in model.buffers():
+            buffer.clamp_(-50, 50)  # bounds of Gemma 4's audio tower, infinite before its training
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     tokenizer().save_pretrained(folder)
     name = "Qwen3_5Tokenizer" if model_type == "qwen3_5" else "PreTrainedTokenizerFast"

@@ -18,6 +18,7 @@ _SIZES: Final = {
     "linear_num_key_heads", "linear_num_value_heads", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
     "qk_nope_head_dim", "v_head_dim", "global_head_dim", "num_global_key_value_heads", "full_attention_interval",
     "sliding_window_pattern", "no_rope_layer_interval", "original_max_position_embeddings", "model_max_length",
+    "vocab_size_per_layer_input",
 }  # fmt: skip
 # Far above any model; a larger number in a hostile config would fill the memory with tensor names.
 _MOST_LAYERS: Final = 10_000
@@ -154,14 +155,14 @@ _CHECKS: Final[dict[str, Callable[[Any], bool]]] = {
         (
             "tie_word_embeddings", "attention_bias", "attention_out_bias", "use_bias", "mlp_bias", "use_qk_norm",
             "use_post_norm", "use_sliding_window", "conv_bias", "mamba_conv_bias", "mamba_proj_bias",
-            "attention_k_eq_v", "block_auto_adjust_ff_dim", "enable_moe_block",
+            "attention_k_eq_v", "block_auto_adjust_ff_dim", "enable_moe_block", "use_double_wide_mlp",
         ),
         _is_switch,
     ),
     **dict.fromkeys(("hidden_act", "hidden_activation", "position_embedding_type"), _is_text),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _is_mapping),
     **dict.fromkeys(("initializer_range", "attention_dropout"), _is_number),
-    "max_window_layers": _is_count,
+    **dict.fromkeys(("max_window_layers", "hidden_size_per_layer_input", "num_kv_shared_layers"), _is_count),
     "full_attn_idxs": _each(_is_count),
     "no_rope_layers": _each(lambda rotates: type(rotates) is int and rotates in {0, 1}),
     "layer_rope_theta": _each(_is_number),

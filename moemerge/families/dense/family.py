@@ -14,6 +14,7 @@ Config = Mapping[str, Any]
 BEFORE: Final = "normalises what its FFNs take"
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"
+WIDE: Final = "wide_ffn"
 
 NON_LLAMA_FACTS: Final[dict[str, str]] = {
     "qk_norm": "norms of queries and keys",
@@ -27,6 +28,9 @@ NON_LLAMA_FACTS: Final[dict[str, str]] = {
     "mixed_attention": "layers that attend differently",
     "wide_heads": "head_dim of its own",
     "scaled_rope": "scaled rotary positions",
+    "layer_inputs": "embeddings for each layer",
+    "shared_keys": "layers that share keys and values",
+    "wide_ffns": "FFNs of two widths",
 }
 """Facts that are false of a plain Llama, each with the words for it in messages."""
 ROPES: Final[dict[str, str]] = {
@@ -46,7 +50,9 @@ class LayerTensor:
     name: str
     axes: Axes
     when: tuple[str, ...] = ()
-    """Facts of the model, or the layer's type."""
+    """Facts of the model or the layer, or the layer's type."""
+    lingers: bool = False
+    """Whether released files hold it in every layer, also where nothing reads it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ def all_full(config: Config) -> list[str]:
 def nothing_more(_config: Config) -> dict[str, Any]:
     """Return nothing: the default of families without peculiarities."""
     return {}
+
+
+def no_facts(_config: Config, _layer: int) -> frozenset[str]:
+    """Return nothing: the default of families whose layers differ in their types alone."""
+    return frozenset()
 
 
 SEPARATE: Final[dict[Role, FfnProjection]] = {
@@ -102,6 +113,8 @@ class DenseFamily:
     ffn_width: str | Callable[[Config], int] = "intermediate_size"
     first: dict[str, Axes] = field(default_factory=lambda: {"model.embed_tokens.weight": ("vocab", "hidden")})
     """Tensors before the layers, the embeddings first."""
+    first_if: Mapping[str, Mapping[str, Axes]] = field(default_factory=dict)
+    """Further tensors before the layers, under the fact of the model with which they are there."""
     last: str = "model.norm.weight"
     head: str = "lm_head.weight"
     """The language-model head, absent where embeddings are tied."""
@@ -109,6 +122,8 @@ class DenseFamily:
     """Tensors of a layer that every output family holds in parts: names of the parts, and each one's axis of rows."""
     layer_types: Callable[[Config], list[str]] = all_full
     """The type of each layer where `config.json` names none."""
+    layer_facts: Callable[[Config, int], frozenset[str]] = no_facts
+    """Facts of a layer beside its type; with `WIDE` its FFN is twice as wide as others."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Layer types that transformers 5 spells differently from released files, with their spelling there."""
     sizes: Callable[[Config], Mapping[str, int]] = nothing_more

@@ -1,9 +1,8 @@
 """Dense families with several kinds of layers: convolutions, linear attention, state spaces beside attention."""
 
-from typing import Any, Final
+from typing import Final
 
-from moemerge.families.dense.config_checks import UnreadableError
-from moemerge.families.dense.family import BEFORE, FULL, SLIDING, Config, DenseFamily, FfnProjection, LayerTensor, Role
+from moemerge.families.dense.family import FULL, Config, DenseFamily, FfnProjection, LayerTensor, Role
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
 
 
@@ -168,81 +167,4 @@ GRANITE_HYBRID: Final = DenseFamily(
     kinds={"linear_attention": "mamba", "full_attention": "attention"},
     sizes=_granite_sizes,
     refusals={"num_local_experts": (0, "it has experts already; only a dense Granite 4 can become one")},
-)  # fmt: skip
-
-
-def _gemma4_layers(config: Config) -> list[str]:
-    layers = config["num_hidden_layers"]
-    return [SLIDING if (layer + 1) % 6 and layer < layers - 1 else FULL for layer in range(layers)]
-
-
-def _gemma4_values(config: Config) -> dict[str, Any]:
-    """Read Gemma 4's settings of layers with full attention, as transformers 5 saves them or as Gemma was released."""
-    if (attends := config["use_bidirectional_attention"]) not in (None, "vision"):  # which changes nothing of text
-        raise UnreadableError(f"use_bidirectional_attention is {attends!r:.40}: only causal attention was proved")
-    by_layer = config["per_layer_config"] or {}
-    own: dict[str, Any] = next(iter(by_layer.values()), {})
-    if any(other != own for other in by_layer.values()) or own.keys() - {"head_dim", "num_key_value_heads"}:
-        raise UnreadableError("its per_layer_config says more than one head_dim of layers with full attention")
-    return {
-        "own_values": not config["attention_k_eq_v"],
-        "global_head_dim": own.get("head_dim") or config["global_head_dim"],
-        "num_global_key_value_heads": own.get("num_key_value_heads")
-        or (config["num_global_key_value_heads"] if config["attention_k_eq_v"] else None),
-    }
-
-
-def _gemma4_sizes(config: Config) -> dict[str, int]:
-    full = _gemma4_values(config)
-    head, keys = full["global_head_dim"], full["num_global_key_value_heads"] or config["num_key_value_heads"]
-    return {"full_head": head, "full_query": config["num_attention_heads"] * head, "full_key": keys * head}
-
-
-def _gemma4_attention(kind: str, head: str, query: str, key: str) -> tuple[LayerTensor, ...]:
-    values = LayerTensor("self_attn.v_proj.weight", (key, "hidden"), (kind, "own_values") if kind == FULL else (kind,))
-    return (
-        LayerTensor("self_attn.q_proj.weight", (query, "hidden"), (kind,)),
-        LayerTensor("self_attn.k_proj.weight", (key, "hidden"), (kind,)),
-        values,
-        LayerTensor("self_attn.o_proj.weight", ("hidden", query), (kind,)),
-        LayerTensor("self_attn.q_norm.weight", (head,), (kind,)),
-        LayerTensor("self_attn.k_norm.weight", (head,), (kind,)),
-    )
-
-
-GEMMA4: Final = DenseFamily(
-    "gemma4_text",
-    (
-        *(
-            LayerTensor(f"{name}_layernorm.weight", ("hidden",))
-            for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")
-        ),
-        LayerTensor("layer_scalar", ("1",)),
-        *_gemma4_attention(SLIDING, "head", "query", "key"),
-        *_gemma4_attention(FULL, "full_head", "full_query", "full_key"),
-    ),
-    {
-        "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "rms_norm_eps": 1e-6, "use_cache": True,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "tie_word_embeddings": True, "attention_dropout": 0.0,
-        "max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256, "rope_parameters": None,
-        "attention_bias": False, "sliding_window": 512, "final_logit_softcapping": None,
-        "use_bidirectional_attention": None, "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256,
-        "attention_k_eq_v": False, "num_kv_shared_layers": 0, "enable_moe_block": False, "use_double_wide_mlp": False,
-        "global_head_dim": 512, "num_global_key_value_heads": None, "per_layer_config": None,
-        "layer_types": None,
-    },
-    {"own_values": "own_values"},
-    block="gemma4",
-    ffn_norm="pre_feedforward_layernorm.weight",
-    around_ffn=f"{BEFORE} and what they give",
-    layer_types=_gemma4_layers,
-    sizes=_gemma4_sizes,
-    values=_gemma4_values,
-    rope="verbatim",
-    refusals={
-        "enable_moe_block": (False, "it has experts already"),
-        "hidden_size_per_layer_input": (0, "inputs of each layer, as in E2B and E4B, are not read"),
-        "num_kv_shared_layers": (0, "layers that share keys and values, as in E2B and E4B, are not read"),
-        "attention_bias": (False, "biases were not proved"),
-    },
 )  # fmt: skip

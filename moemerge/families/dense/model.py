@@ -7,17 +7,17 @@ from functools import cached_property
 from typing import Any, Final, NoReturn, TypeVar
 
 from moemerge.families.dense.config_checks import UnreadableError, is_read, read_values
-from moemerge.families.dense.family import FULL, ROPES, SLIDING, Axes, DenseFamily
+from moemerge.families.dense.family import FULL, ROPES, SLIDING, WIDE, Axes, DenseFamily, LayerTensor
 from moemerge.families.dense.renamed.config import plain_config
 from moemerge.families.dense.renamed.family import Renamed
 from moemerge.families.dense.renamed.tables import RENAMED
+from moemerge.families.dense.rope_settings import read_rope
 from moemerge.families.dense.tables import DENSE_FAMILIES, NOT_MERGED
 from moemerge.families.dense.unknown import not_read
 from moemerge.families.layer_names import layer_prefix
 from moemerge.families.multimodal import why_no_text
 
 _Family = TypeVar("_Family")
-_ROPE_TYPES: Final = ("default", *ROPES)
 # Names under which transformers' ACT2FN holds the same function.
 _ACTIVATIONS: Final = {"swish": "silu", "gelu_python": "gelu"}
 _EXPERT_COUNTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -160,22 +160,47 @@ class DenseModel:
 
     def tensors(self, layer: int) -> dict[str, Axes]:
         """Names and axes of a layer's tensors beside its FFN."""
-        holds = {*self.facts, self.layer_types[layer]}
         prefix = layer_prefix(layer)
-        return {prefix + tensor.name: tensor.axes for tensor in self.family.tensors if holds.issuperset(tensor.when)}
+        return {prefix + tensor.name: tensor.axes for tensor in self.family.tensors if self._has(layer, tensor)}
+
+    def _has(self, layer: int, tensor: LayerTensor) -> bool:
+        holds = {*self.facts, self.layer_types[layer], *self.family.layer_facts(self.config, layer)}
+        return holds.issuperset(tensor.when)
+
+    @cached_property
+    def unread_tensors(self) -> frozenset[str]:
+        """Names of the tensors that released files hold in layers where nothing reads them."""
+        lingering = [tensor for tensor in self.family.tensors if tensor.lingers]
+        named = {layer_prefix(layer) + tensor.name for layer in range(self.layers) for tensor in lingering}
+        return frozenset(named.difference(*map(self.tensors, range(self.layers)))) if named else frozenset()
 
     def ffn(self, layer: int) -> dict[str, Axes]:
         """Names and axes of the tensors of a layer's FFN."""
         named: dict[str, Axes] = {}
         for role, projection in self.family.ffn.items():
-            width = "ffn" if projection.parts == 1 else f"{projection.parts} ffn"
+            times = projection.parts * self._times(layer)
+            width = "ffn" if times == 1 else f"{times} ffn"
             axes = ("hidden", width) if role == "down" else (width, "hidden")
             named[layer_prefix(layer) + projection.name] = axes
         return named
 
+    @cached_property
+    def ffn_widths(self) -> list[int]:
+        """Number of neurons in each layer's FFN."""
+        return [self.sizes["ffn"] * self._times(layer) for layer in range(self.layers)]
+
+    def _times(self, layer: int) -> int:
+        return 2 if WIDE in self.family.layer_facts(self.config, layer) else 1
+
+    @cached_property
+    def first(self) -> dict[str, Axes]:
+        """Names and axes of the tensors before the layers, the embeddings first."""
+        held = [named for fact, named in self.family.first_if.items() if fact in self.facts]
+        return {**self.family.first, **{name: axes for named in held for name, axes in named.items()}}
+
     def outside(self) -> dict[str, Axes]:
         """Names and axes of the tensors outside the layers, beside the head."""
-        return {**self.family.first, self.family.last: ("hidden",)}
+        return {**self.first, self.family.last: ("hidden",)}
 
     def shape(self, axes: Axes) -> tuple[int, ...]:
         """Shape of the named axes; an axis `2 ffn` is twice as long as `ffn`."""
@@ -240,7 +265,7 @@ def _read(family: DenseFamily, config: Mapping[str, Any]) -> DenseModel:
     given_rope = None
     if family.rope == "read":
         given_rope = spelled.get("rope_scaling")
-        full |= _read_rope(family, full)
+        full |= read_rope(family, full)
         full.pop("rope_parameters", None)
     elif any(config.get(key) is not None for key in ("rope_theta", "rope_scaling")):
         raise UnreadableError("its rope settings stand outside rope_parameters, where this family reads them")
@@ -256,32 +281,3 @@ def _quantisation(config: Mapping[str, Any]) -> str:
     given = config.get("quantization_config")
     method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
     return str(method)[:40] if given else ""
-
-
-def _read_rope(family: DenseFamily, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring rotary settings into one spelling, read as transformers 5 reads them (`convert_rope_params_to_dict`)."""
-    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in settings.values()):
-        raise UnreadableError(f"its rope settings differ between layers: {settings!r:.80}")
-    theta = settings.pop("rope_theta", config["rope_theta"])
-    partial = settings.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    for name, number in {"rope_theta": theta, "partial_rotary_factor": partial}.items():
-        if type(number) not in {int, float} or not 0 < number < math.inf:
-            raise UnreadableError(f"its {name} is {number!r:.40}, no positive number")
-    if partial != 1.0 and "partial_rotary_factor" not in family.defaults:
-        raise UnreadableError(
-            f"its partial_rotary_factor is {partial!r}, which {family.model_type} does not read in all versions"
-        )
-    kind = settings.pop("rope_type", settings.pop("type", "default"))
-    settings.pop("type", None)
-    kind = family.rope_kinds.get(kind, kind) if isinstance(kind, str) else kind
-    if kind not in _ROPE_TYPES:
-        raise UnreadableError(f"its rope type is {kind!r:.40}; known: {', '.join(_ROPE_TYPES)}")
-    read = {"rope_theta": theta, "rope_scaling": None, "partial_rotary_factor": partial}
-    if kind == "default":
-        return read
-    if config.get("original_max_position_embeddings"):
-        settings["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    elif kind == "longrope" and type(original := settings.get("original_max_position_embeddings")) is int:
-        read["original_max_position_embeddings"] = original  # where transformers 4 looks for it
-    return read | {"rope_scaling": {"rope_type": kind, **settings}}

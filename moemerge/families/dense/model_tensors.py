@@ -34,5 +34,5 @@ class ModelTensors:
         """
         projection = self.model.family.ffn[role]
         tensor = self.tensors[layer_prefix(layer) + projection.name]
-        width = self.model.sizes["ffn"]
+        width = self.model.ffn_widths[layer]
         return tensor.rows(projection.part * width, width) if projection.parts > 1 else tensor

@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from moemerge.families.dense.hybrids import GEMMA4, GRANITE_HYBRID, LFM2, QWEN3_5
+from moemerge.families.dense.gemma4 import GEMMA4
+from moemerge.families.dense.hybrids import GRANITE_HYBRID, LFM2, QWEN3_5
 from moemerge.families.dense.llama_like import (
     CWM,
     ERNIE4_5,
