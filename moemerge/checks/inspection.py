@@ -129,13 +129,12 @@ def inspect_checkpoint(
     experts = _count_experts(tensors)
     idle = (experts - per_token) / experts if experts and isinstance(per_token, int) else 0
     total, active = _count_parameters(plain, idle)
-    dtype_bytes = _count_bytes(stored)
     warnings = (
         *(note.removeprefix(f"{reference}: ") for note in model.notes),
         *_expert_warnings(model, experts),
         *_file_warnings(model, files),
         *_tensor_warnings(tensors, plain),
-        *_size_warnings(model, sum(dtype_bytes.values())),
+        *_size_warnings(model, sum(tensor.nbytes for tensor in stored)),
     )
     return Inspection(
         reference=reference,
@@ -147,7 +146,7 @@ def inspect_checkpoint(
         active_parameters=active,
         tensors=len(tensors),
         files=dict(sorted(files.items())),
-        dtype_bytes=dtype_bytes,
+        dtype_bytes=_count_bytes(stored),
         quantised=_quantised(model, plain),
         beside_text=_beside_text(model, tensors),
         warnings=warnings,

@@ -113,7 +113,6 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
     cards = {reference: read_card(folder) for reference, folder in folders.items()}
     known: Known = {}
     distances = measure_from(base, models, known)
-    others = [cards[reference] for reference in folders if reference != base]
     templates = [bool(NamedModel("", folder, models[name].model).templates) for name, folder in folders.items()]
     nearer = nearer_base(base, folders, models, known)
     return Draft(
@@ -130,12 +129,16 @@ def draft_merge(base: str, experts: Sequence[str], announce: Callable[[str], Non
         needs_prompts=_needs_prompts(config, folders, distances),
         remarks=(
             *([nearer] if nearer else []),
-            *base_remarks(folders[base], cards[base], others, templates=templates[0]),
+            *base_remarks(folders[base], cards[base], _others(cards, base), templates=templates[0]),
             *(note for note in plan.notes if note.startswith("base_model: ")),
         ),
         warnings=plan.warnings,
         vision=could.model_type if (could := keeping_towers(folders[base])) else "",
     )
+
+
+def _others(cards: Mapping[str, CardMetadata], base: str) -> list[CardMetadata]:
+    return [card for reference, card in cards.items() if reference != base]
 
 
 def _tensors(
