@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -13,7 +13,7 @@ from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.streamed_pass import capture_router_inputs
 
 # Layers that processes run before the first of them is used.
-_AHEAD = 2
+_AHEAD: Final = 2
 
 
 @dataclass(frozen=True)
