@@ -6,9 +6,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from moemerge.errors import MoemergeError, RefusedError
@@ -16,6 +17,8 @@ from moemerge.errors import MoemergeError, RefusedError
 _LOCAL: Final = "local"
 # Of a process that was killed, as for want of memory.
 _RESTARTS: Final = 2
+# Not 0: a head that was given no CPUs is left alone.
+_RESERVED_CPUS: Final = 0.1
 _WAIT_SECONDS: Final = 0.5
 Job = TypeVar("Job")
 
@@ -46,14 +49,25 @@ class Cluster:
     def actors(self, kind: type, arguments: Sequence[tuple[Any, ...]], of_gpu: bool) -> Iterator[list[Any]]:
         """A context with processes, each with an object of `kind` that is made of its own `arguments`.
 
-        The CPUs of the cluster are shared out to them evenly. A process that dies is begun anew, and is asked again for
-        what it had not finished, twice at most.
+        They are spread over the machines, in the folder of this process where a machine has it. Each has as many
+        threads as there are CPUs for it, but reserves next to none, so that they have room on machines of any size, and
+        on those that are left if one is lost. A process that dies is begun anew, twice at most, and is asked again for
+        what it had not finished.
+
+        Raises:
+            RefusedError: the cluster has not so many GPUs, or CPUs.
         """
-        shares = {
-            "num_cpus": max(1, int(self.ray.cluster_resources().get("CPU", 1)) // len(arguments)),
-            "num_gpus": int(of_gpu),
-        }
-        made = self.ray.remote(kind).options(**shares, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)
+        self._check_room(len(arguments), of_gpu)
+        threads = max(1, int(self.ray.cluster_resources()["CPU"]) // max(len(arguments), self.machines))
+        made = self.ray.remote(_in_folder(kind, Path.cwd())).options(
+            num_cpus=_RESERVED_CPUS,
+            num_gpus=int(of_gpu),
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            max_restarts=_RESTARTS,
+            # Until it is begun anew: a lost machine is known to be lost only after many calls to it have failed.
+            max_task_retries=-1,
+        )
         actors = [made.remote(*given) for given in arguments]
         try:
             yield actors
@@ -89,7 +103,7 @@ class Cluster:
         if not (left := deque(jobs)):
             return
         self._check_room(count)
-        made = self.ray.remote(kind).options(num_cpus=1, scheduling_strategy="SPREAD")
+        made = self.ray.remote(_in_folder(kind, Path.cwd())).options(num_cpus=1, scheduling_strategy="SPREAD")
         actors: list[Any] = []
 
         def begun() -> Any:
@@ -140,12 +154,14 @@ class Cluster:
                 raise error.cause from None
             raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
 
-    def _check_room(self, count: int) -> None:
-        room = int(self.ray.cluster_resources().get("CPU", 0))
-        if count > room:
-            raise RefusedError(
-                f"--workers {count}: the cluster has {room} CPUs, and each process takes one. Ask for {room} at most."
-            )
+    def _check_room(self, count: int, of_gpu: bool = False) -> None:
+        for kind in ("GPU", "CPU") if of_gpu else ("CPU",):
+            room = int(self.ray.cluster_resources().get(kind, 0))
+            if count > room:
+                raise RefusedError(
+                    f"--workers {count}: the cluster has {room} {kind}s, and each process takes one. "
+                    f"Ask for {room} at most."
+                )
 
     def results(self, waiting: list[Any], progress: Callable[[int, int], None] = lambda _done, _all: None) -> list[Any]:
         """Wait for results, in the order in which they were asked for.
@@ -194,6 +210,17 @@ def hands_of(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(hand) for hand in held]
 
 
+def _in_folder(kind: Any, folder: Path) -> type:
+    """A class whose objects enter a folder, if the machine has it, so that relative paths lead to the same files."""
+
+    def begin(self: Any, *arguments: Any) -> None:
+        with suppress(OSError):  # paths that do not count from it are found all the same
+            os.chdir(folder)
+        kind.__init__(self, *arguments)
+
+    return type(kind.__name__, (kind,), {"__init__": begin})
+
+
 def import_ray() -> Any:
     """Import Ray, and return its module.
 
@@ -213,7 +240,8 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
 
     Args:
         address: `local` for processes on this machine, `auto` for a cluster that it belongs to, or a cluster's address.
-        count: how many CPUs a cluster that is begun by `local` is told that it has; None for all of the machine's.
+        count: the number of processes, if it is known: for so many a cluster that is begun by `local` has room, even on
+            a machine that has fewer CPUs.
 
     Raises:
         RefusedError: Ray is not installed, or there is no such cluster.
@@ -231,7 +259,8 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
 
 
 def _connect(ray: Any, address: str, count: int | None) -> None:
-    options = {"num_cpus": count, "include_dashboard": False} if address == _LOCAL else {}
+    cpus = None if count is None else max(count, len(os.sched_getaffinity(0)))
+    options = {"num_cpus": cpus, "include_dashboard": False} if address == _LOCAL else {}
     ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)

@@ -84,7 +84,7 @@ def ray_workers(
         progress: called as processes finish what they do.
 
     Raises:
-        RefusedError: Ray is not installed, or there is no such cluster.
+        RefusedError: Ray is not installed, there is no such cluster, or it has no room for so many processes.
     """
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2097152")  # see `moemerge.cli.searching`
     on_gpu = compute.device.type == "cuda"
