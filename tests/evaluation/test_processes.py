@@ -85,8 +85,8 @@ def test_processes_find_what_one_finds(world, monkeypatch, workers):
 def test_an_error_in_a_process_is_raised_as_in_one(world, monkeypatch):
     given = measuring.open_mixture
 
-    def damaged(folder):
-        mixture = given(folder)
+    def damaged(folder, **keys):
+        mixture = given(folder, **keys)
         read = mixture.runnable.read
         nothing = replace(mixture.tensors["model.norm.weight"], path=Path("/nowhere/model.safetensors"))
 
@@ -148,7 +148,7 @@ world = Path(sys.argv[1])
 given = measuring.open_mixture
 found = [evaluate(world / "out", data(world), SETTINGS)]
 found.append(evaluate(world / "out", data(world), replace(SETTINGS, ray="local", workers=3)))
-measuring.open_mixture = lambda folder: killing(given(folder), world / "killed")
+measuring.open_mixture = lambda folder, **keys: killing(given(folder, **keys), world / "killed")
 found.append(evaluate(world / "out", data(world), replace(SETTINGS, ray="local", workers=2)))
 print(json.dumps([asdict(one) for one in found]))
 """
