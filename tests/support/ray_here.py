@@ -34,6 +34,9 @@ class RayHere:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 3.0}
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": self.cluster_resources()}]
+
     def remote(self, kind: type) -> Any:
         def begin(*arguments: Any) -> Any:
             self.made += 1
