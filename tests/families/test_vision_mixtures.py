@@ -112,7 +112,7 @@ def test_towers_are_kept_only_where_a_class_holds_them_beside_experts(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", WITH_VISION)
+@pytest.mark.parametrize("kind", VISION_MIXTURES)
 def test_engines_are_asked_about_the_class_with_towers(tmp_path, kind):
     """Not about the mixture of text alone, which some do not read where they read this."""
     base = make(tmp_path / "base", kind, tied=kind == "gemma4")
