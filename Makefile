@@ -128,7 +128,8 @@ test-llamacpp: $(VENVL)/.done
 	LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/pytest tests/llamacpp
 
 # Every engine over tiny mixtures of every kind: what they compute is the package's record of them. An hour, and 8 GB of
-# environments; beside torch's CPU build, vLLM's and OpenVINO's torchvision, torchaudio and torchcodec do not import.
+# environments; NEW=--new tries what the record lacks alone, and keeps the rest. Beside torch's CPU build, vLLM's and
+# OpenVINO's torchvision, torchaudio and torchcodec do not import.
 ENGINES := .cache/engines
 QUIET := -q --disable-pip-version-check
 
@@ -152,14 +153,14 @@ QUIET := -q --disable-pip-version-check
 	touch $@
 
 test-engines: install demo $(VENV4)/.done $(VENVL)/.done .venv-vllm/.done .venv-mlx/.done .venv-openvino/.done
-	OMP_NUM_THREADS=1 $(VENVL)/bin/python -m tests.engines.make $(ENGINES)
+	OMP_NUM_THREADS=1 $(VENVL)/bin/python -m tests.engines.make $(ENGINES) $(NEW)
 	OMP_NUM_THREADS=1 $(VENV4)/bin/python tests/engines/run.py transformers $(ENGINES)
 	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py llamacpp $(ENGINES)
 	OMP_NUM_THREADS=1 LLAMACPP=$(LLAMACPP)/vendor/llama.cpp $(VENVL)/bin/python tests/engines/run.py converter $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-mlx/bin/python tests/engines/run.py mlx $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-openvino/bin/python tests/engines/run.py openvino $(ENGINES)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/engines/run.py vllm $(ENGINES)
-	$(BIN)/python -m tests.engines.record $(ENGINES)
+	$(BIN)/python -m tests.engines.record $(ENGINES) $(NEW)
 	$(BIN)/pytest tests/families/test_engines.py
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m tests.next_steps.serve .venv-vllm/bin/python $(DEMO)/merged
 	VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python docs/next_steps/generate_vllm.py $(DEMO)/merged "Once upon a time"

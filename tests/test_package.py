@@ -157,6 +157,21 @@ After fine-tuning with transformers 5, run `moemerge repair FOLDER` on what was 
     assert len(alone) == 4  # the program has an empty line
 
 
+def test_the_card_of_a_multimodal_mixture_says_that_engines_were_asked_about_text():
+    found = readings()
+    told = use_it("my model", "qwen3_vl_moe", ["transformers", "converter", "openvino"], sees=True)
+    assert told.startswith("In transformers 4.57 and 5:\n\n```python\n")
+    assert 'AutoModelForImageTextToText.from_pretrained("my model", dtype="auto")' in told
+    assert told.endswith(
+        f"""base's FFNs.
+
+Of text, without images, tiny mixtures of this kind computed the same in:
+
+- OpenVINO ({found["openvino"]["qwen3_vl_moe"].version}): `OVModelForVisualCausalLM.from_pretrained("my model", export=True)`"""
+    )
+    assert use_it("m", "qwen3_vl_moe", [], sees=True).endswith("base's FFNs.")
+
+
 def test_the_card_takes_its_engines_from_what_was_measured(tmp_path, llamas):
     plan = plan_merge(load_config(write_config(tmp_path / "c.yaml", llamas[0], llamas[1:], prompts=False)))
     merge(plan, tmp_path / "out")

@@ -167,7 +167,7 @@ def _compare_engine(plan: MergePlan) -> list[Difference]:
     engine = plan.config.engine
     if engine is None or engine in plan.right_in:
         return []
-    family = plan.family.model_type
+    family = plan.shape.model_type
     trouble = trouble_of(engine, family, facts_of(plan.base, plan.mixture))
     words = trouble.words if isinstance(trouble, Trouble) else trouble
     name = ENGINES[engine]

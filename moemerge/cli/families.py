@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moemerge.families.known_models import Becomes
     from moemerge.families.overview import FamilyRow
 
-_SHORT: Final = {"right": "yes", "wrong": "no", "fails": "no", "not written": "no"}
+_SHORT: Final = {"right": "yes", "wrong": "no", "fails": "no", "not written": "no", "not tried": ""}
 _LETTERS: Final[dict[Engine, str]] = {
     "transformers": "T",
     "vllm": "V",
@@ -102,7 +102,7 @@ def _chosen(rows: "list[FamilyRow]", name: str, announce: "Callable[[str], None]
         if isinstance(read, str) and model_type not in {row.family for row in rows}:
             raise RefusedError(f"{name}: {read}")
     plain = {renamed.lower(): kind for kind, others in read_as().items() for renamed in others}
-    types = dense_types(plain.get(model_type, model_type))
+    types = {model_type, *dense_types(plain.get(model_type, model_type))}
     found = [row for row in rows if not {row.family, *row.takes}.isdisjoint(types)]
     if found:
         return found, kind
@@ -131,7 +131,7 @@ def models_as_markdown() -> str:
     legend = []
     for engine, letter in _LETTERS.items():
         reading = next(iter(readings()[engine].values()))
-        legend.append(f"- {letter}: {ENGINES[engine]} ({reading.version}), {reading.date}")
+        legend.append(f"- {letter}: {ENGINES[engine]} ({reading.version}), {reading.dates}")
     return "\n".join([*map(_line, table), "", *legend])
 
 

@@ -26,6 +26,7 @@ FACTS: Final = {
     "no_window": "full attention in every layer", "gelu": "GELU for SiLU", "gelu_tanh": "GELU by tanh for SiLU",
     "other_activation": "an activation beside SiLU and GELU",
     "grouped_heads": "fewer key heads than query heads", "positions": "rotary positions beside state spaces",
+    "foreign_tokens": "other tokens than GLM's",
 }  # fmt: skip
 """Facts that set mixtures of a family apart, in words; where several explain as much, the first is named."""
 _BY_TANH: Final = ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
@@ -77,8 +78,8 @@ class Reading:
     troubles: tuple[Trouble, ...]
     tried: frozenset[str]
     """Facts of mixtures that were right, or that cause troubles."""
-    date: str
-    """The day of the measurement."""
+    dates: str
+    """The day of the measurement, or the first and the last one."""
 
     def of(self, facts: frozenset[str]) -> "Trouble | str | None":
         """The engine's trouble with a mixture: None where it is right, or words for why that is not known."""
@@ -101,6 +102,7 @@ def facts_of(base: DenseModel, mixture: Mixture) -> frozenset[str]:
         "positions": config.get("position_embedding_type") == "rope",
         "later_dense_layers": bool(set(mixture.dense_layers) - set(range(mixture.moe_layers[0]))),
         "absent": bool(mixture.absent),
+        "foreign_tokens": base.family.model_type != "glm",
         _ACTIVATIONS.get(base.hidden_act, "other_activation"): base.hidden_act != "silu",
     }
     held = base.facts | mixture.facts | {fact for fact, holds in said.items() if holds}
@@ -129,8 +131,9 @@ def readings() -> Mapping[Engine, Mapping[str, Reading]]:
     measured = json.loads(Path(__file__).with_name("engines.json").read_text(encoding="utf-8"))
     return {
         engine: {
-            family: _read(about, [(frozenset(row["facts"]), _found(row[engine])) for row in rows])
+            family: _read(about, [(frozenset(row["facts"]), _found(row[engine])) for row in rows if engine in row])
             for family, rows in measured["families"].items()
+            if any(engine in row for row in rows)
         }
         for engine, about in measured["engines"].items()
     }
@@ -151,7 +154,8 @@ def _read(about: Mapping[str, str], rows: Sequence[tuple[frozenset[str], float |
         wrong = [facts for facts in wrong if not culprit <= facts]
     # Nothing is known of facts that were tried only together with a trouble.
     known = frozenset().union(*right, *(trouble.facts for trouble in troubles))
-    return Reading(version, tuple(troubles), known, about["date"])
+    dates = " to ".join(about[key] for key in ("date", "last_date") if key in about)
+    return Reading(version, tuple(troubles), known, dates)
 
 
 def _found(written: float | str) -> float | str:

@@ -1,7 +1,7 @@
 """Rows of text on which dense families go into which output family, or into none, and what output families hold."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moemerge.engines import ENGINES
@@ -10,6 +10,7 @@ from moemerge.families.dense.tables import NOT_MERGED
 from moemerge.families.engines import readings
 from moemerge.families.family import MoeFamily
 from moemerge.families.mixture_shape import Mixture
+from moemerge.families.multimodal import VISION_MIXTURES, VisionMixture
 from moemerge.families.selection import MOE_FAMILIES
 
 _SIZES: Final = {
@@ -42,7 +43,7 @@ class EngineCell:
     engine: str
     version: str
     short: str
-    """`right`, `wrong`, `fails`, `not written` (as a GGUF file), or the facts with which it is not right."""
+    """`right`, `wrong`, `fails`, `not tried`, `not written` (as a GGUF file), or facts with which it is not right."""
     troubles: tuple[str, ...]
     """Every trouble in full: how far off, or with what message, and with what facts; empty where it is right."""
 
@@ -64,9 +65,13 @@ class FamilyRow:
 
 
 def family_rows() -> list[FamilyRow]:
-    """List every output family, in the order in which they are tried."""
+    """List every output family in the order in which they are tried, then the multimodal classes around some."""
     models = [_plainest(family) for family in DENSE_FAMILIES.values()]
-    return [_row(family, models) for family in MOE_FAMILIES.values()]
+    rows = {family.model_type: _row(family, models) for family in MOE_FAMILIES.values()}
+    return [
+        *rows.values(),
+        *(_row_around(rows[mixture.family], dense, mixture) for dense, mixture in VISION_MIXTURES.items()),
+    ]
 
 
 def read_as() -> dict[str, list[str]]:
@@ -94,11 +99,13 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
-def _engines(family: MoeFamily) -> Iterator[EngineCell]:
+def _engines(model_type: str, *, in_gguf: bool = True) -> Iterator[EngineCell]:
     """Yield how each engine reads the family, as measured."""
     for engine, name in ENGINES.items():
-        found = readings()[engine].get(family.model_type)
+        found = readings()[engine].get(model_type)
         if found is None:
+            version = next(iter(readings()[engine].values())).version
+            yield EngineCell(name, version, "not tried", ())
             continue
         short = "right"
         if found.troubles:
@@ -106,7 +113,7 @@ def _engines(family: MoeFamily) -> Iterator[EngineCell]:
             short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
             if always:
                 short = "wrong" if always.is_silent else "fails"
-        is_written = engine != "llamacpp" or family.in_gguf
+        is_written = engine != "llamacpp" or in_gguf
         troubles = [trouble.words for trouble in found.troubles if is_written]
         yield EngineCell(name, found.version, short if is_written else "not written", tuple(troubles))
 
@@ -127,6 +134,14 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        engines=tuple(_engines(family)),
+        engines=tuple(_engines(family.model_type, in_gguf=family.in_gguf)),
         notes=family.notes,
     )
+
+
+def _row_around(text: FamilyRow, dense: str, mixture: VisionMixture) -> FamilyRow:
+    """A multimodal class around a family, given the family's row and the class with a dense text model."""
+    in_gguf = MOE_FAMILIES[mixture.family].in_gguf
+    engines = tuple(_engines(mixture.model_type, in_gguf=in_gguf))
+    note = f"{mixture.model_type} is written with `keep_vision: true`; engines were asked about text, without images"
+    return replace(text, family=mixture.model_type, takes=(dense,), engines=engines, notes=(note,))

@@ -61,6 +61,7 @@ QWEN3_5_MOE: Final = MoeFamily(
     named={
         "moe_intermediate_size": "expert_width", "shared_expert_intermediate_size": "shared_width",
         "num_experts": "experts", "num_experts_per_tok": "experts_per_token", "layer_types": "layer_types",
+        "full_attention_interval": "full_attention_interval",
     },
     fixed=SPARSE,
     carried=(
@@ -73,7 +74,6 @@ QWEN3_5_MOE: Final = MoeFamily(
     holds=frozenset({"qkv_bias", "output_bias", "mixed_attention", "wide_heads", "partial_rotary"}),
     shared=_GATED,
     in_gguf=False,
-    read=("full_attention_interval",),
 )  # fmt: skip
 MELLUM: Final = MoeFamily(
     "mellum",

@@ -54,7 +54,9 @@ def select_family(
     mixture: Mixture,
     architecture: str | None = None,
     engine: Engine | None = None,
+    *,
     preferred: Engine | None = None,
+    inside: str = "",
 ) -> Choice:
     """Choose the output family for a mixture of models that compute like `base`.
 
@@ -67,6 +69,8 @@ def select_family(
         architecture: the family's `model_type`, its beginning, or a name of mergekit-moe; None for any.
         engine: the engine that has to read it rightly; None for any.
         preferred: an engine that should read it rightly, if it can.
+        inside: the `model_type` of the multimodal class that it is written in, about which engines were asked then;
+            `architecture` is the family of that class's text model.
 
     Raises:
         IncompatibleError: no family fits; says why for each candidate.
@@ -83,18 +87,21 @@ def select_family(
     for family in candidates:
         if base.family.block not in family.blocks:
             others.append(family.model_type)
-        elif reasons := _refusals(family, base, mixture, by_name=bool(asked)) or _troubles(engine, family, facts):
-            problems.append(f"{family.model_type}: {'; '.join(reasons)}")
+        elif reasons := _refusals(family, base, mixture, by_name=bool(asked)) or _troubles(
+            engine, inside or family.model_type, facts
+        ):
+            problems.append(f"{inside or family.model_type}: {'; '.join(reasons)}")
         else:
             fitting.append(family)
     if fitting:
         best = max(fitting, key=lambda family: _worth(family, facts, preferred))
-        return _choice(best, base, facts, [note.format(best.model_type) for note in notes])
+        return _choice(best, base, facts, [note.format(best.model_type) for note in notes], inside)
     if others:
         problems.append(
             f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
         )
-    raise IncompatibleError(f"{_headline(architecture if asked else None, engine)}:", problems)
+    key = f"keep_vision: {inside!r}" if inside else f"architecture: {architecture!r}" if asked else ""
+    raise IncompatibleError(f"{_headline(key, engine)}:", problems)
 
 
 def _candidates(asked: str) -> list[MoeFamily]:
@@ -104,17 +111,14 @@ def _candidates(asked: str) -> list[MoeFamily]:
     return [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
 
 
-def _headline(architecture: str | None, engine: Engine | None) -> str:
-    """Say why no family was chosen, as the first line of the error."""
-    if engine and architecture:
-        return (
-            f"architecture: {architecture!r} is not what {ENGINES[engine]} reads rightly here (engine, --for); without "
-            "the key another may be"
-        )
+def _headline(key: str, engine: Engine | None) -> str:
+    """Say why no family was chosen, as the first line of the error; the key is what asks for a family, if anything."""
+    if engine and key:
+        return f"{key} is not what {ENGINES[engine]} reads rightly here (engine, --for); without the key another may be"
     if engine:
         return f"{ENGINES[engine]} reads no output family rightly that can hold this merge (engine, --for)"
-    if architecture:
-        return f"architecture: {architecture!r} cannot hold this merge; without the key the best that fits is taken"
+    if key:
+        return f"{key} cannot hold this merge; without the key the best that fits is taken"
     return "No output family can hold this merge"
 
 
@@ -134,23 +138,24 @@ def _refusals(family: MoeFamily, base: DenseModel, mixture: Mixture, *, by_name:
     return []
 
 
-def _troubles(engine: Engine | None, family: MoeFamily, facts: frozenset[str]) -> list[str]:
+def _troubles(engine: Engine | None, model_type: str, facts: frozenset[str]) -> list[str]:
     """List why a family does not serve for the engine that was asked for."""
-    trouble = trouble_of(engine, family.model_type, facts) if engine else None
+    trouble = trouble_of(engine, model_type, facts) if engine else None
     if engine is None or trouble is None:
         return []
     return [f"{ENGINES[engine]} {trouble.words if isinstance(trouble, Trouble) else trouble}"]
 
 
-def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: list[str]) -> Choice:
+def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: list[str], inside: str) -> Choice:
     notes = [*notes, *family.notes]
-    troubles = {engine: trouble_of(engine, family.model_type, facts) for engine in ENGINES}
+    model_type = inside or family.model_type
+    troubles = {engine: trouble_of(engine, model_type, facts) for engine in ENGINES}
     right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
     if family.in_gguf and _is_same_kind(troubles["converter"], troubles["llamacpp"]):
         del troubles["converter"]
     told = {engine: trouble for engine, trouble in troubles.items() if isinstance(trouble, Trouble)}
-    warnings = [_in_full(engine, trouble, family) for engine, trouble in told.items() if trouble.is_silent]
-    notes += _failures({engine: trouble for engine, trouble in told.items() if not trouble.is_silent}, family)
+    warnings = [_in_full(engine, trouble, model_type) for engine, trouble in told.items() if trouble.is_silent]
+    notes += _failures({engine: trouble for engine, trouble in told.items() if not trouble.is_silent}, model_type)
     original = base.config.get("original_max_position_embeddings")
     notes += [
         note.format(family=family.model_type, original=original)
@@ -160,19 +165,18 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
     return Choice(family, right, tuple(notes), tuple(warnings))
 
 
-def _in_full(engine: Engine, trouble: Trouble, family: MoeFamily) -> str:
-    return f"{ENGINES[engine]} {trouble.words}: {family.model_type}, as measured with {trouble.version}"
+def _in_full(engine: Engine, trouble: Trouble, model_type: str) -> str:
+    return f"{ENGINES[engine]} {trouble.words}: {model_type}, as measured with {trouble.version}"
 
 
-def _failures(troubles: Mapping[Engine, Trouble], family: MoeFamily) -> list[str]:
+def _failures(troubles: Mapping[Engine, Trouble], kind: str) -> list[str]:
     """Say which engines fail with a mixture: of one, how; of several, their names."""
     if len(troubles) <= 1:
-        return [_in_full(engine, trouble, family) for engine, trouble in troubles.items()]
+        return [_in_full(engine, trouble, kind) for engine, trouble in troubles.items()]
     *others, last = (
         f"{ENGINES[engine]}{f' (with {trouble.with_what})' if trouble.facts else ''}"
         for engine, trouble in troubles.items()
     )
-    kind = family.model_type
     return [f"{kind}: {', '.join(others)} and {last} fail, as measured; `moemerge families {kind}` says how each does"]
 
 

@@ -53,7 +53,7 @@ def write_card(
         notes: what to say of the merge beside the plan's notes.
     """
     values = _values(plan, plan.config.text if text is None else text, [*plan.family_notes, *notes])
-    use = use_it(name, plan.family.model_type, plan.right_in, sees=plan.shape.vision is not None)
+    use = use_it(name, plan.shape.model_type, plan.right_in, sees=plan.shape.vision is not None)
     data_sets = hub_revisions([data.name for data in plan.data_sets])
     card = render("card", name=name, report=report, use=use, data_sets=data_sets, **values)
     _save(folder, plan, licence, card + "\n")

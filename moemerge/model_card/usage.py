@@ -14,7 +14,7 @@ _COMMANDS: Final[dict[Engine, str]] = {
     "vllm": "python -m vllm.entrypoints.openai.api_server --model {word}",
     "llamacpp": "moemerge gguf {word} {word}.gguf",
     "mlx": 'python -m mlx_lm generate --model {word} --prompt "Once upon a time"',
-    "openvino": "OVModelForCausalLM.from_pretrained({text}, export=True)",
+    "openvino": "{loader}.from_pretrained({text}, export=True)",
 }
 """Commands by engine; `{word}` is the model's name quoted for a shell, `{text}` as a Python string."""
 
@@ -28,7 +28,8 @@ def use_it(name: str, family: str, engines: Sequence[Engine], *, sees: bool = Fa
         engines: the engines that compute it as transformers 5 does; see `moemerge.families.engines.right_in`.
         sees: whether it is multimodal, with the towers of its base.
     """
-    named = {"word": shlex.quote(name), "text": json.dumps(name)}
+    loader = "OVModelForVisualCausalLM" if sees else "OVModelForCausalLM"
+    named = {"word": shlex.quote(name), "text": json.dumps(name), "loader": loader}
     commands = [
         (ENGINES[engine], readings()[engine][family].version, command.format(**named))
         for engine, command in _COMMANDS.items()

@@ -17,7 +17,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.planning.router_sources import check_texts, check_widths, check_writers, puts_prompts_into_chats
 from moemerge.planning.tokenizer_files import BaseFiles, find_base_files
 from moemerge.planning.tokenizer_proof import ProvedTokenizer, prove_tokenizer
-from moemerge.planning.vision import around, unmeasured, vision_mixture, with_processors
+from moemerge.planning.vision import around, vision_mixture, with_processors
 from moemerge.planning.vocabulary import OutputVocabulary, lost_tokens, output_vocabulary
 from moemerge.planning.vocabulary_files import find_vocabulary_files
 
@@ -79,8 +79,8 @@ def shape_of(config: MergeConfig, models: Models, options: PlanOptions, announce
     refuse([*_edit_keys(config), *check_widths(config, base, routed), *check_writers(config, vocabulary, base, routed)])
     mixture = mixture_of(config, base, routed, [member.model for member in models.shared])
     architecture = vision.family if vision else config.architecture
-    choice = select_family(base, mixture, architecture, config.engine, options.preferred)
-    choice = unmeasured(choice, vision) if vision else choice
+    inside = vision.model_type if vision else ""
+    choice = select_family(base, mixture, architecture, config.engine, preferred=options.preferred, inside=inside)
     refuse(_check_noise(config, choice.family))
     tokenizer = None
     if options.proves_tokenizer:

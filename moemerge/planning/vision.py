@@ -15,7 +15,6 @@ from moemerge.config.tokenizer_choice import BASE, UNION
 from moemerge.dtypes import HeaderDType
 from moemerge.errors import IncompatibleError
 from moemerge.families.multimodal import VISION_MIXTURES, VisionMixture
-from moemerge.families.selection import Choice
 from moemerge.planning.output import Output
 from moemerge.planning.tokenizer_files import BaseFiles
 from moemerge.sources.model_folder import ModelFolder
@@ -65,17 +64,6 @@ def _excluded(config: MergeConfig, found: VisionMixture) -> Iterator[str]:
         yield f"architecture: the text model of a {found.model_type} is a {found.family}, not a {config.architecture}"
     if config.vocabulary not in {BASE, UNION}:
         yield f"tokenizer: the ids of images are the base's, not those of `tokenizer: {config.vocabulary}`"
-    if config.engine:
-        yield "engine: what engines compute of such mixtures was not measured"
-
-
-def unmeasured(choice: Choice, found: VisionMixture) -> Choice:
-    """What is known of a family when its mixture stands beside towers: nothing of engines."""
-    note = (
-        f"what engines compute of a {found.model_type} was not measured, but in transformers 5; measured was the "
-        f"{choice.family.model_type} that a merge without keep_vision writes"
-    )
-    return replace(choice, right_in=(), warnings=(), notes=(*choice.family.notes, note))
 
 
 def with_processors(files: BaseFiles, base: ModelFolder) -> BaseFiles:
@@ -119,7 +107,9 @@ def vision_notes(found: VisionMixture | None, base: ModelFolder) -> Iterator[str
     if found is None:
         if could := keeping_towers(base):
             yield f"base_model: `keep_vision: true` would keep its towers, in a {could.model_type} (docs/families.md)"
-    elif not any(base.file(name) for name in PROCESSORS):
+        return
+    yield f"keep_vision: what engines compute of a {found.model_type} was measured with text alone, without images"
+    if not any(base.file(name) for name in PROCESSORS):
         yield (
             f"base_model: has none of {', '.join(PROCESSORS)}, so that nothing says how images become numbers: copy "
             "them from the original model beside the output"

@@ -8,9 +8,13 @@ from typing import Any, Final
 
 from moemerge.families.dense import DenseModel, read_dense
 from moemerge.families.engines import facts_of
+from moemerge.families.family import MoeFamily
 from moemerge.families.mixture_shape import Mixture
+from moemerge.families.multimodal import VISION_MIXTURES, VisionMixture, text_config
 from moemerge.families.selection import MOE_FAMILIES
 from tests.support.families import LLAMA3, MINISTRAL3, MIXED, WINDOWS, YARN
+from tests.support.multimodal import KINDS as MULTIMODAL
+from tests.support.multimodal import multimodal_config
 
 EXPERTS, LAYERS, TEXT_LENGTH, VOCAB = 3, 3, 24, 512  # as many tokens as tests.support.sentencepiece_model has
 # vLLM's attention wants heads of 32 or more; every other axis differs from each other.
@@ -72,6 +76,15 @@ MLA: Final = {
     "num_key_value_heads": 4,
     "pad_token_id": None,
 }
+AXES: Final = {
+    "rope_theta": 5e6,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+}
+WIDE_AXES: Final = {"rope_theta": 5e6, "rope_scaling": {**AXES["rope_scaling"], "mrope_section": [12, 10, 10]}}
+PARTIAL_AXES: Final = {
+    "rope_parameters": {**WIDE_AXES["rope_scaling"], "rope_theta": 5e6, "partial_rotary_factor": 0.25}
+}
+MINICPM: Final = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 32}
 LFM2: Final = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}
 COHERE2: Final = {**WINDOW, "logit_scale": 0.25, "layer_types": MIXED[::-1]}
 
@@ -128,18 +141,31 @@ KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "gemma4_text": ("gemma4_text", GEMMA4),
     "gemma4_text, tied": ("gemma4_text", GEMMA4 | TIED),
     "youtu": ("youtu", MLA),
+    "glm": ("glm", {"head_dim": 32}),
+    "glm, tied, no biases": ("glm", TIED | {"head_dim": 32, "attention_bias": False}),
+    "gemma, tied": ("gemma", TIED | {"head_dim": 32}),
+    "gemma, tied, wide heads": ("gemma", TIED | WIDE),
+    # By other names, and inside multimodal models, without their towers and with them.
+    "internlm2": ("internlm2", {"bias": False}),
+    "minicpm, tied": ("minicpm", MINICPM | TIED),
+    "minicpm, longrope": ("minicpm", MINICPM | LONGROPE | {"tie_word_embeddings": False}),
+    "mistral3, wide heads": ("mistral3", {"sliding_window": None} | WIDE),
+    "qwen3_vl": ("qwen3_vl", {"head_dim": 32, **AXES}),
+    "qwen3_vl, wide heads": ("qwen3_vl", WIDE | WIDE_AXES),
+    "qwen3_vl, tied, wide heads": ("qwen3_vl", TIED | WIDE | WIDE_AXES),
+    "qwen3_5": ("qwen3_5", QWEN3_5 | PARTIAL_AXES),
+    "qwen3_5, tied": ("qwen3_5", TIED | QWEN3_5 | PARTIAL_AXES),
+    "gemma4, tied": ("gemma4", TIED | GEMMA4),
 }
-SENTENCEPIECE: Final = frozenset({"ernie4_5", "gemma4_text"})
-"""Dense families whose models bring a SentencePiece tokenizer, as some converters want."""
 
 # Mixtures with shared experts, and with layers that stay dense: of these kinds, for other kinds add nothing new.
 _WITH_SHARED: Final = {
     "llama", "llama, tied, llama3 rope", "llama, biases", "mistral, window", "qwen2", "qwen2, tied", "qwen3", "granite",
     "qwen3, tied, wide heads", "qwen3, tied", "qwen3, wide heads", "granite_swa", "granitemoehybrid", "granitemoehybrid, without positions", "ernie4_5",
     "hunyuan_v1_dense", "cohere2", "qwen3_5_text", "youtu", "qwen3, ungrouped heads", "granite, tied, biases",
-    "llama, wide heads, yarn", "smollm3, layers without positions",
+    "llama, wide heads, yarn", "smollm3, layers without positions", "glm", "gemma, tied", "minicpm, tied", "qwen3_5",
 }  # fmt: skip
-_WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, tied", "youtu"}
+_WITH_DENSE: Final = {"llama", "qwen2", "qwen3", "ernie4_5", "cohere2", "lfm2, tied", "youtu", "glm"}
 # Of models that few have: in what most people merge into.
 _UNUSUAL: Final = {"llama, linear rope", "llama, dynamic rope", "llama, gelu", "qwen3, gelu"}
 _FOR_UNUSUAL: Final = {
@@ -152,6 +178,17 @@ _FOR_UNUSUAL: Final = {
     "glm4_moe",
 }
 _WITH_ABSENT: Final = {("llama", "glm4_moe"), ("qwen3", "glm4_moe"), ("qwen3, ungrouped heads", "dots1")}
+# Facts of their mixtures are those of others, but in multimodal classes: tried all the same, in one family.
+_RELATIVES: Final = {
+    "internlm2": {"mixtral"},
+    "mistral3, wide heads": {"mixtral"},
+    "qwen3_vl": {"qwen3_moe"},
+    "qwen3_vl, wide heads": {"qwen3_moe"},
+    "qwen3_vl, tied, wide heads": {"qwen3_moe"},
+    "qwen3_5": {"qwen3_5_moe_text"},
+    "qwen3_5, tied": {"qwen3_5_moe_text"},
+    "gemma4, tied": {"gemma4_text"},
+}
 # Of families that few engines read: enough to know that.
 _RARE: Final = {"solar_open", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "dots1"}
 _FOR_RARE: Final = {
@@ -179,12 +216,30 @@ class Case:
         return f"{self.kind} -> {self.family}{', a shared expert' if self.shared else ''}{layers}"
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What the `config.json` of its models says."""
+        model_type, sizes = KINDS[self.kind]
+        if model_type not in MULTIMODAL:
+            return {**SIZES, "model_type": model_type, **sizes}
+        return multimodal_config(model_type, **sizes_of_text(self.kind))
+
+    @property
     def base(self) -> DenseModel:
         """What moemerge knows of its models."""
-        model_type, sizes = KINDS[self.kind]
-        base = read_dense({**SIZES, "model_type": model_type, **sizes})
+        base = read_dense(text_config(self.config) or self.config)
         assert not isinstance(base, str), base
         return base
+
+    @property
+    def vision(self) -> VisionMixture | None:
+        """The multimodal class that is the family, if it is one."""
+        found = VISION_MIXTURES.get(KINDS[self.kind][0])
+        return found if found and found.model_type == self.family else None
+
+    @property
+    def of_text(self) -> MoeFamily:
+        """The family of its text model."""
+        return MOE_FAMILIES[self.vision.family if self.vision else self.family]
 
     @property
     def mixture(self) -> Mixture:
@@ -201,20 +256,31 @@ class Case:
     @property
     def form(self) -> str:
         """A hash of what the family makes of it: another `config.json`, or names of tensors, have to be tried again."""
-        family = MOE_FAMILIES[self.family]
-        told = [family.config(self.base, self.mixture, "float32"), sorted(family.experts), family.router]
+        config = self.of_text.config(self.base, self.mixture, "float32")
+        if self.vision:
+            config = self.vision.config(self.config, config)
+        told = [config, sorted(self.of_text.experts), self.of_text.router]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def is_held(self) -> bool:
         """Whether moemerge makes such a mixture."""
-        return not MOE_FAMILIES[self.family].refusals(self.base, self.mixture)
+        return not self.of_text.refusals(self.base, self.mixture)
+
+
+def sizes_of_text(kind: str) -> dict[str, Any]:
+    """What the config of the text model inside a multimodal one says."""
+    sizes = {**SIZES, **KINDS[kind][1]}
+    return {**sizes, "tied": sizes["tie_word_embeddings"]}
 
 
 def cases() -> Iterator[Case]:
     """Every kind in every output family that holds it; some also with a shared expert, with dense layers, with an absent one."""
-    for kind in KINDS:
-        for family in MOE_FAMILIES:
+    for kind, (model_type, _) in KINDS.items():
+        with_towers = [VISION_MIXTURES[model_type].model_type] if model_type in VISION_MIXTURES else []
+        for family in [*MOE_FAMILIES, *with_towers]:
+            if family not in _RELATIVES.get(kind, {family}) | {*with_towers}:
+                continue
             if (family in _RARE and kind not in _FOR_RARE) or (kind in _UNUSUAL and family not in _FOR_UNUSUAL):
                 continue
             found = [Case(kind, family, shared=False)]
@@ -225,3 +291,13 @@ def cases() -> Iterator[Case]:
             if (kind, family) in _WITH_ABSENT:
                 found.append(Case(kind, family, shared=False, has_absent=True))
             yield from (case for case in found if case.is_held)
+
+
+def tried() -> Iterator[tuple[Case, bool]]:
+    """The cases that engines are run over, with whether its facts are news: others have those of one before them."""
+    known: set[tuple[str, frozenset[str]]] = set()
+    for case in cases():
+        is_new = (key := (case.family, case.facts)) not in known
+        known.add(key)
+        if is_new or case.kind in _RELATIVES:
+            yield case, is_new

@@ -11,7 +11,7 @@ from logprobs import logprobs_of
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.llamacpp import child
 
-_OPTIONS = {"qwen3_5_moe_text": ("--no-mtp",)}
+_OPTIONS = dict.fromkeys(("qwen3_5_moe", "qwen3_5_moe_text"), ("--no-mtp",))
 """Without which a family's converter stops: it looks for layers that predict further tokens."""
 
 

@@ -1,6 +1,5 @@
 """llama.cpp with the file that `moemerge gguf` writes."""
 
-import json
 from pathlib import Path
 
 import llama_cpp
@@ -22,12 +21,11 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
         RuntimeError: the mixture, or its family, is not written.
     """
     model, gguf = folder / "model", folder / "ours.gguf"
-    family = json.loads((model / "config.json").read_text())["model_type"]
     try:
         write_gguf(model, gguf, GgufOptions(type="f32", overwrite=True))
         return compute_file(gguf, tokens, new_tokens)
     except RefusedError as error:
-        raise RuntimeError(str(error).removeprefix(f"{family}: ")) from error
+        raise RuntimeError(str(error).split(": ", 1)[-1]) from error  # without the family's name
     finally:
         gguf.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """Merge every case, and keep what transformers computes of it.
 
-    python -m tests.engines.make FOLDER
+    python -m tests.engines.make FOLDER [--new]
 
-A folder for each case: `model`, `tokens.json`, and `expected.npz` with `logprobs` (sequence, position, vocab) of the
+With --new, only what the package's record lacks, in its present form, and what adds nothing to it. A folder for each case: `model`, `tokens.json`, and `expected.npz` with `logprobs` (sequence, position, vocab) of the
 tokens, and `generated` (sequence, new token), what follows them.
 """
 
@@ -19,21 +19,24 @@ import transformers
 import yaml
 
 from moemerge import load_config, merge, plan_merge
-from tests.engines.cases import EXPERTS, KINDS, LAYERS, SENTENCEPIECE, SIZES, TEXT_LENGTH, VOCAB, Case, cases
-from tests.support.models import load, make_model, write_config
-from tests.support.sentencepiece_model import save_sentencepiece
+from tests.engines.cases import EXPERTS, LAYERS, TEXT_LENGTH, VOCAB, Case, tried
+from tests.engines.record import recorded
+from tests.engines.sources import make_source
+from tests.engines.towers import has_towers
+from tests.support.models import load, write_config
+from tests.support.multimodal import load_multimodal
 
 NEW_TOKENS: Final = 6
 _DONE: Final = "expected.npz"
 
 
-def main(root: Path) -> None:
+def main(root: Path, *, only_new: bool) -> None:
     """Make what is missing, or was made of other bytes; each kind's models once."""
-    known: set[tuple[str, frozenset[str]]] = set()
-    for case in cases():
-        if (key := (case.family, case.facts)) not in known:  # engines see no difference between such
-            known.add(key)
-            _make(case, root / slug(case))
+    known = recorded() if only_new else set()
+    for case, is_new in tried():
+        form = case.form if is_new else None
+        if (case.family, case.facts, form) not in known:
+            _make(case, form, root / slug(case))
     for folder in (root / "sources").iterdir():
         shutil.rmtree(folder)
 
@@ -43,7 +46,7 @@ def slug(case: Case) -> str:
     return str(case).replace(", ", "-").replace(" -> ", "--").replace(" ", "-").replace("[", "").replace("]", "")
 
 
-def _make(case: Case, folder: Path) -> None:
+def _make(case: Case, form: str | None, folder: Path) -> None:
     made = folder / "made"
     shutil.rmtree(made, ignore_errors=True)
     _merge(case, made, _sources(folder.parent / "sources", case.kind))
@@ -53,7 +56,7 @@ def _make(case: Case, folder: Path) -> None:
         "reference": f"transformers {transformers.__version__}",
         "family": case.family,
         "facts": sorted(case.facts),
-        "form": case.form,
+        "form": form,
         "digest": digest,
     }
     before = folder / "case.json"
@@ -80,16 +83,11 @@ def _digest(model: Path) -> str:
 
 def _sources(root: Path, kind: str) -> list[Path]:
     """A base, a shared expert and the others."""
-    model_type, sizes = KINDS[kind]
     folder = root / kind.replace(" ", "-")
     found = [folder / str(seed) for seed in range(EXPERTS + 2)]
     if not folder.exists():
         for seed, path in enumerate(found):
-            make_model(path, seed, model_type, **{**SIZES, **sizes})
-        if model_type in SENTENCEPIECE:
-            for path in found[0].glob("tokenizer*"):
-                path.unlink()
-            save_sentencepiece(found[0])
+            make_source(path, kind, seed)
     return found
 
 
@@ -99,7 +97,8 @@ def _merge(case: Case, folder: Path, sources: list[Path]) -> None:
     keys: dict[str, Any] = {"shared_experts": [{"source_model": str(shared)}]} if case.shared else {}
     if len(case.moe_layers) < LAYERS:
         keys["moe_layers"] = list(case.moe_layers)
-    config = write_config(folder / "merge.yaml", base, experts, prompts=False, architecture=case.family, **keys)
+    keys |= {"keep_vision": True} if case.vision else {"architecture": case.family}
+    config = write_config(folder / "merge.yaml", base, experts, prompts=False, **keys)
     if case.has_absent:
         document = yaml.safe_load(config.read_text())
         document["experts"][-1]["layers"] = list(range(1, LAYERS))
@@ -109,7 +108,7 @@ def _merge(case: Case, folder: Path, sources: list[Path]) -> None:
 
 @torch.no_grad()
 def _computed(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    loaded = load(model)
+    loaded = load_multimodal(model) if has_towers(model) else load(model)
     ends = loaded.generation_config
     ends.eos_token_id = None
     generated = loaded.generate(
@@ -120,4 +119,4 @@ def _computed(model: Path, tokens: torch.Tensor) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), only_new="--new" in sys.argv)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from optimum.intel import OVModelForCausalLM
+from optimum.intel import OVModelForCausalLM, OVModelForVisualCausalLM
+from towers import has_towers
 
 
 def version() -> str:
@@ -13,8 +14,9 @@ def version() -> str:
     return f"openvino {installed('openvino')}, optimum-intel {installed('optimum-intel')}"
 
 
-def _open(model: Path) -> OVModelForCausalLM:
-    return OVModelForCausalLM.from_pretrained(
+def _open(model: Path) -> OVModelForCausalLM | OVModelForVisualCausalLM:
+    loader = OVModelForVisualCausalLM if has_towers(model) else OVModelForCausalLM
+    return loader.from_pretrained(
         model,
         export=True,
         compile=True,

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from towers import has_towers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def version() -> str:
@@ -20,7 +21,8 @@ def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.
     Raises:
         ValueError: tensors are missing, so that numbers would be random.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loader = AutoModelForImageTextToText if has_towers(folder / "model") else AutoModelForCausalLM
+    model, info = loader.from_pretrained(
         folder / "model", torch_dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     if lost := sorted({*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])}):

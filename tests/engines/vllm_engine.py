@@ -14,6 +14,7 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 import vllm
+from towers import has_towers
 
 
 def version() -> str:
@@ -23,9 +24,10 @@ def version() -> str:
 
 def compute(folder: Path, tokens: list[list[int]], new_tokens: int) -> tuple[np.ndarray, list[list[int]]]:
     """(sequence, position, vocab) log-probabilities of what follows each token but the last, and what is generated."""
+    without_images = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if has_towers(folder / "model") else {}
     engine = vllm.LLM(
         str(folder / "model"), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, max_logprobs=-1,
-        skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, disable_log_stats=True,
+        skip_tokenizer_init=True, enable_prefix_caching=False, seed=0, disable_log_stats=True, **without_images,
     )  # fmt: skip
     settings = vllm.SamplingParams(
         max_tokens=new_tokens, temperature=0, ignore_eos=True, prompt_logprobs=-1, detokenize=False

@@ -16,8 +16,10 @@ from moemerge import load_config, merge, plan_merge
 from moemerge.cli import main
 from moemerge.engines import ENGINES, NAMES
 from moemerge.errors import ConfigError, IncompatibleError
-from moemerge.families import engines
+from moemerge.families import engines, overview
+from moemerge.families.dense import read_dense
 from moemerge.families.engines import MAIN, TOLERANCE, facts_of, readings, right_in, trouble_of
+from moemerge.families.multimodal import VISION_MIXTURES
 from moemerge.families.overview import family_rows
 from moemerge.families.selection import MOE_FAMILIES, select_family
 from moemerge.model_card.markdown import as_text
@@ -30,13 +32,14 @@ from tests.engines.writers import SOURCES
 from tests.support.models import make_model, write_config
 
 RECORD = json.loads(Path(engines.__file__).with_name("engines.json").read_text())
+AROUND = {mixture.model_type: mixture.family for mixture in VISION_MIXTURES.values()}
 ROWS = [(family, row) for family, rows in RECORD["families"].items() for row in rows]
 
 
 def test_every_kind_of_mixture_is_in_the_record_as_it_is_written_now():
     made = {(case.family, case.facts): case.form for case in reversed(list(cases()))}
     assert {(family, frozenset(row["facts"])): row["form"] for family, row in ROWS} == made
-    assert set(RECORD["families"]) == set(MOE_FAMILIES)
+    assert set(RECORD["families"]) == {*MOE_FAMILIES, *AROUND}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -54,15 +57,15 @@ def test_what_is_concluded_is_what_was_measured(engine):
 
 def measured(root: Path, family: str, row: dict[str, Any], **changed: Any) -> None:
     """What engines leave of one mixture, that of a row of the record but for some answers."""
-    folder = root / hashlib.sha256(repr((family, row["facts"])).encode()).hexdigest()
+    folder = root / hashlib.sha256(repr((family, row["facts"], row["form"])).encode()).hexdigest()
     folder.mkdir(exist_ok=True)
     case = {"family": family, "facts": row["facts"], "form": row["form"], "reference": RECORD["reference"]}
     (folder / "case.json").write_text(json.dumps(case))
     for engine, about in RECORD["engines"].items():
-        found = changed.get(engine, row[engine])
+        found = changed.get(engine, row.get(engine, "was not tried"))
         answer = {"apart": found, "generates": True} if isinstance(found, float) else {"fails": found}
         answer |= {"apart": None} if found == engines.NAN else {}
-        told = answer | {"engine": about["version"], "date": about["date"]}
+        told = answer | {"engine": about["version"], "date": changed.get("date", about["date"])}
         (folder / f"{engine}.answer.json").write_text(json.dumps(told))
 
 
@@ -113,6 +116,40 @@ def test_a_mixture_that_was_not_tried_is_missed_and_nothing_is_written(tmp_path,
     *lines, last = capsys.readouterr().out.splitlines()
     assert sorted(lines) == sorted(f"{family} ({', '.join(row['facts'])})" for family, row in lacking)
     assert last == "2 were not tried: not recorded. Run tests.engines.make, then every engine."
+
+
+def test_what_is_tried_alone_is_added_to_what_was_recorded_of_others(tmp_path, target):
+    family, row = ROWS[0]
+    new = row | {"vllm": 1e-6}
+    measured(tmp_path, family, new, date="2100-01-01")
+    assert record(tmp_path, target, only_new=True) == 0
+    written = json.loads(target.read_text())
+    rows = {**RECORD["families"], family: [new, *RECORD["families"][family][1:]]}
+    assert written["families"] == rows
+    assert written["engines"] == {
+        engine: about | {"last_date": "2100-01-01"} for engine, about in RECORD["engines"].items()
+    }
+
+
+def test_engines_of_other_versions_are_not_added(tmp_path, target, monkeypatch):
+    monkeypatch.setitem(RECORD["engines"]["mlx"], "version", "mlx-lm of today")
+    measured(tmp_path, *ROWS[0])
+    (answer,) = tmp_path.glob("*/mlx.answer.json")
+    with pytest.raises(SystemExit) as ended:
+        record(tmp_path, target, only_new=True)
+    told = json.loads(target.read_text())["engines"]["mlx"]["version"]
+    assert str(ended.value) == f"{answer}: is of mlx-lm of today, the record of {told}. Run every case without --new."
+
+
+@pytest.mark.parametrize("found", [2.0, engines.NAN, "no such layer"])
+def test_of_mixtures_with_the_same_facts_the_worst_counts(tmp_path, target, found):
+    family, row = ROWS[0]
+    measured(tmp_path, family, row | {"form": None}, vllm=found)
+    assert record(tmp_path, target, only_new=True, accept=True) == 0
+    assert json.loads(target.read_text())["families"][family][0] == row | {"vllm": found}
+    measured(tmp_path, family, row | {"form": None}, vllm=0.0)
+    assert record(tmp_path, target, only_new=True) == 0
+    assert json.loads(target.read_text())["families"][family][0] == row | {"vllm": found}
 
 
 def rows_of(*rows: tuple[str, str, float]) -> dict[str, Any]:
@@ -250,7 +287,7 @@ def test_a_qwen2_becomes_what_all_main_engines_compute_rightly(kind, shared):
     assert found.warnings == ()
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=str)
+@pytest.mark.parametrize("case", [case for case in cases() if not case.vision], ids=str)
 def test_no_other_family_is_right_in_more_main_engines(case):
     chosen = select_family(case.base, case.mixture)
     assert right_without_condition(chosen.family.model_type, case) >= right_without_condition(case.family, case) or (
@@ -292,13 +329,19 @@ def test_a_gguf_file_is_for_llamacpp():
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [("llama", "glm4_moe"), ("llama", "solar_open"), ("hunyuan_v1_dense", "hunyuan_v1_moe")]
+    ("kind", "family", "when"),
+    [
+        ("llama", "glm4_moe", "with other tokens than GLM's"),
+        ("llama", "solar_open", "always"),
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "always"),
+    ],
 )
-def test_llamacpp_is_what_reads_our_own_file(kind, family):
+def test_llamacpp_is_what_reads_our_own_file(kind, family, when):
     found = choose(kind, architecture=family, engine="llamacpp")
     assert "converter" not in found.right_in
     (told,) = [note for note in found.notes if "as measured" in note]
     assert "llama.cpp's converter" in told
+    assert when == "always" or when in told
     assert "llama.cpp," not in told
     with pytest.raises(IncompatibleError, match=f"- {family}: llama.cpp's converter fails "):
         choose(kind, architecture=family, engine="converter")
@@ -322,7 +365,8 @@ NOT_WRITTEN = "is not written as a GGUF file"
 
 def test_a_family_that_moemerge_does_not_write_is_right_in_llamacpp_by_its_converter_alone():
     unwritten = {family for family, row in ROWS if row["llamacpp"] == NOT_WRITTEN}
-    assert unwritten == {name for name, family in MOE_FAMILIES.items() if not family.in_gguf}
+    families = {name: name for name in MOE_FAMILIES} | AROUND
+    assert unwritten == {name for name, family in families.items() if not MOE_FAMILIES[family].in_gguf}
     found = choose("qwen3_5_text")
     assert found.family.model_type == "qwen3_5_moe_text"
     assert found.right_in == ("converter",)
@@ -335,6 +379,23 @@ def test_a_family_that_moemerge_does_not_write_is_right_in_llamacpp_by_its_conve
     )
 
 
+@pytest.mark.parametrize(
+    ("kinds", "every"),
+    [
+        (["linear_attention", "full_attention"] * 2, 2),
+        (["linear_attention"] * 3 + ["full_attention"], 4),
+        (None, 4),
+        (["linear_attention"] * 4, 5),
+    ],
+)
+def test_engines_that_count_layers_are_told_which_attend_fully(kinds, every):
+    """mlx-lm does not read layer_types of this family."""
+    case = Case("qwen3_5_text", "qwen3_5_moe_text", shared=False)
+    base = read_dense({**case.config, "num_hidden_layers": 4, "layer_types": kinds})
+    written = MOE_FAMILIES[case.family].config(base, case.mixture, "float32")
+    assert written["full_attention_interval"] == every
+
+
 def test_of_a_family_that_is_not_written_the_converters_failure_is_told_too():
     (told,) = [note for note in choose("olmo2").notes if "as measured" in note]
     assert "llama.cpp, llama.cpp's converter" in told
@@ -343,11 +404,11 @@ def test_of_a_family_that_is_not_written_the_converters_failure_is_told_too():
 def test_of_several_engines_that_fail_the_names_are_enough():
     found = choose("qwen3_5_text")
     assert [note for note in found.notes if "as measured" in note] == [
-        "qwen3_5_moe_text: transformers 4.57, vLLM, llama.cpp, mlx-lm and OpenVINO fail, as measured; `moemerge families "
+        "qwen3_5_moe_text: transformers 4.57, llama.cpp, mlx-lm and OpenVINO fail, as measured; `moemerge families "
         "qwen3_5_moe_text` says how each does"
     ]
     cells = next(row.engines for row in family_rows() if row.family == "qwen3_5_moe_text")
-    assert [cell.short for cell in cells if cell.engine in {"vLLM", "mlx-lm", "OpenVINO"}] == ["fails"] * 3
+    assert [cell.short for cell in cells if cell.engine in {"mlx-lm", "OpenVINO"}] == ["fails"] * 2
     assert all(cell.troubles for cell in cells if cell.short == "fails")
 
 
@@ -356,7 +417,16 @@ def test_a_family_that_moemerge_does_not_write_is_marked_in_the_table():
     assert cells["qwen3_5_moe_text"]["llama.cpp"] == "not written"
     assert cells["qwen3_5_moe_text"]["llama.cpp's converter"] == "right"
     assert cells["glm4_moe"]["llama.cpp"].startswith("not with ")
-    assert cells["glm4_moe"]["llama.cpp's converter"] == "fails"
+    assert cells["glm4_moe"]["llama.cpp's converter"] == "not with other tokens than GLM's"
+    assert cells["solar_open"]["llama.cpp's converter"] == "fails"
+
+
+def test_what_an_engine_was_not_tried_with_is_marked_in_the_table(monkeypatch):
+    without = {engine: dict(found) for engine, found in readings().items()}
+    version = without["vllm"].pop("mixtral").version
+    monkeypatch.setattr(overview, "readings", lambda: without)
+    (cell,) = (cell for cell in family_rows()[0].engines if cell.engine == "vLLM")
+    assert (cell.short, cell.version) == ("not tried", version)
 
 
 def test_llamacpp_counts_less_where_it_clamps():

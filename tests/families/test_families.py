@@ -83,7 +83,8 @@ def merged(folder: Path, base: Path, experts: list[Path], **keys):
 
 
 def test_every_pair_of_the_table_is_tested():
-    told = {(model_type, row.family) for row in family_rows() for model_type in row.takes}
+    rows = [row for row in family_rows() if row.family in MOE_FAMILIES]
+    told = {(model_type, row.family) for row in rows for model_type in row.takes}
     tested = {(DENSE[name][0], moe) for name, moe in PAIRS}
     assert told <= tested
     assert len({model_type for model_type, _ in told}) == len(DENSE_FAMILIES) == 26

@@ -11,11 +11,14 @@ from moemerge.checks.repairing import repair
 from moemerge.checks.verification import verify_merge
 from moemerge.editing.in_place import changed_shards
 from moemerge.editing.planner import plan_edit
+from moemerge.engines import ENGINES
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.export.writing import write_gguf
+from moemerge.families.engines import Trouble, facts_of, trouble_of
 from moemerge.families.multimodal import VISION_MIXTURES
 from moemerge.generation.answers import Sampling, open_generator
 from moemerge.merging.gguf import merge_to_gguf
+from moemerge.model_card.usage import use_it
 from moemerge.sources.stored_mixtures import read_mixture
 from tests.families.test_multimodal import add_next_tokens, make
 from tests.support.models import assert_close, edit_json, load_weights, logits, make_model, save_weights, write_config
@@ -58,7 +61,7 @@ def test_images_and_text_give_what_they_give_with_the_dense_model(tmp_path, kind
     ]
     card = (out / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text\n" in card
-    assert "AutoModelForImageTextToText" in card
+    assert use_it(out.name, plan.shape.model_type, plan.right_in, sees=True) in card
 
 
 @pytest.mark.parametrize("kind", WITH_VISION)
@@ -103,11 +106,37 @@ def test_towers_are_kept_only_where_a_class_holds_them_beside_experts(tmp_path):
     )
     edit_json(vision / "config.json", vision_config=None)
     assert refusal(vision) == (f"keep_vision: config.json of base_model {vision} has no vision_config. Remove the key.")
-    assert refusal(make(tmp_path / "other", "qwen3_vl"), architecture="dots1", engine="vllm") == (
+    assert refusal(make(tmp_path / "other", "qwen3_vl"), architecture="dots1") == (
         "keep_vision: does not go together with other keys:\n"
-        "  - architecture: the text model of a qwen3_vl_moe is a qwen3_moe, not a dots1\n"
-        "  - engine: what engines compute of such mixtures was not measured"
+        "  - architecture: the text model of a qwen3_vl_moe is a qwen3_moe, not a dots1"
     )
+
+
+@pytest.mark.parametrize("kind", VISION_MIXTURES)
+def test_engines_are_asked_about_the_class_with_towers(tmp_path, kind):
+    """Not about the mixture of text alone, which some do not read where they read this."""
+    base = make(tmp_path / "base", kind, tied=kind == "gemma4")
+    config = write_config(tmp_path / "merge.yaml", base, [base] * 3, prompts=False, keep_vision=True)
+
+    def planned(engine: str | None = None):
+        return plan_merge(load_config(config, allow_identical_experts=True).model_copy(update={"engine": engine}))
+
+    plan, output = planned(), VISION_MIXTURES[kind].model_type
+    facts = facts_of(plan.base, plan.mixture)
+    told = {engine: trouble_of(engine, output, facts) for engine in ENGINES}
+    assert plan.right_in == tuple(engine for engine, trouble in told.items() if trouble is None)
+    assert 0 < len(plan.right_in) < len(ENGINES)
+    assert f"keep_vision: what engines compute of a {output} was measured with text alone, without images" in plan.notes
+    for engine, trouble in told.items():
+        if trouble is None:
+            assert planned(engine).right_in == plan.right_in
+        elif isinstance(trouble, Trouble):
+            with pytest.raises(IncompatibleError) as caught:
+                planned(engine)
+            assert str(caught.value) == (
+                f"keep_vision: '{output}' is not what {ENGINES[engine]} reads rightly here (engine, --for); without the "
+                f"key another may be:\n  - {output}: {ENGINES[engine]} {trouble.words}"
+            )
 
 
 def test_only_the_text_model_of_such_a_mixture_is_written_to_gguf_or_edited(tmp_path):

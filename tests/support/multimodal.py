@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "gemma4", "gemma4_text", GEMMA4 | {"use_bidirectional_attention": "vision"},
         {
             "vision_config": {"model_type": "gemma4_vision", **VISION, "head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 64, "pooling_kernel_size": 2, "patch_size": 4},
-            "audio_config": None, "image_token_id": IMAGE,
+            "audio_config": None, "image_token_id": IMAGE, "vocab_size": VOCAB,
         },
     ),
     "gemma4, as E2B": (
@@ -106,13 +106,25 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def multimodal_config(kind: str, *, tied: bool = False, **sizes: Any) -> dict[str, Any]:
+    """What the `config.json` of a kind says: the tokens of images are the last ones, whatever the vocabulary's size."""
+    model_type, text_type, text, outer = KINDS[kind]
+    text = {**SIZES, **text, "model_type": text_type, "tie_word_embeddings": tied, **sizes}
+    config = {"model_type": model_type, "text_config": text, "tie_word_embeddings": tied, **outer}
+    for key in config:
+        if key.endswith(("_token_id", "_token_index", "vocab_size")):
+            config[key] += text["vocab_size"] - VOCAB
+    if "out_hidden_size" in config.get("vision_config", {}):
+        config["vision_config"] = {**config["vision_config"], "out_hidden_size": text["hidden_size"]}
+    return config
+
+
 def make_multimodal(
     folder: Path, kind: str, seed: int = 0, *, tied: bool = False, shard_bytes: int = 10**9, **sizes: Any
 ) -> Path:
     """Save a random multimodal model with its tokenizer; transformers gives its tensors the names of released ones."""
-    model_type, text_type, text, outer = KINDS[kind]
-    text_sizes = {**SIZES, **text, "model_type": text_type, "tie_word_embeddings": tied, **sizes}
-    config = AutoConfig.for_model(model_type, text_config=text_sizes, tie_word_embeddings=tied, **outer)
+    config = AutoConfig.for_model(**multimodal_config(kind, tied=tied, **sizes))
+    model_type = config.model_type
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = class_of(model_type)(config)

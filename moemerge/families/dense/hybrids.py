@@ -1,6 +1,6 @@
 """Dense families with several kinds of layers: convolutions, linear attention, state spaces beside attention."""
 
-from typing import Final
+from typing import Any, Final
 
 from moemerge.families.dense.family import FULL, Config, DenseFamily, FfnProjection, LayerTensor, Role
 from moemerge.families.dense.llama_like import ATTENTION, DEFAULTS, GRANITE, QK_NORM
@@ -70,6 +70,12 @@ def _qwen3_5_layers(config: Config) -> list[str]:
     return ["linear_attention" if (layer + 1) % every else FULL for layer in range(config["num_hidden_layers"])]
 
 
+def _qwen3_5_values(config: Config) -> dict[str, Any]:
+    """Say every how many layers one attends fully, which some engines read in place of `layer_types`."""
+    kinds = config["layer_types"] or _qwen3_5_layers(config)
+    return {"full_attention_interval": kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1}
+
+
 def _qwen3_5_sizes(config: Config) -> dict[str, int]:
     keys, values = (config[f"linear_num_{kind}_heads"] * config[f"linear_{kind}_head_dim"] for kind in ("key", "value"))
     return {
@@ -110,6 +116,7 @@ QWEN3_5: Final = DenseFamily(
     block="qwen3_5",
     layer_types=_qwen3_5_layers,
     sizes=_qwen3_5_sizes,
+    values=_qwen3_5_values,
     rope="verbatim",
     norm_offset=1.0,
 )  # fmt: skip
