@@ -350,7 +350,10 @@ def test_a_truncated_source_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     result = run(write_config(tmp_path / "c.yaml", folders[0], folders[1:], gate_mode="random"), tmp_path / "out")
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {weights}: tensor 'model.norm.weight': ends at byte")
+    assert "c.yaml: 1 problem:" in result.stderr
+    assert f"experts[1].source_model: {weights}: tensor 'model.norm.weight': ends at byte" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_code_in_a_model_folder_is_never_run(tmp_path, here):
