@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -205,8 +206,11 @@ def files_of_all_machines() -> Iterator[None]:
 def hands_of(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Deal the numbers of texts out by their lengths, so that all hands get about as much; none is empty."""
     held: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    sums = [(0, hand) for hand in range(len(held))]  # a heap, whose first hand has the least
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
-        min(held, key=lambda hand: sum(lengths[one] for one in hand)).append(number)
+        total, hand = sums[0]
+        held[hand].append(number)
+        heapreplace(sums, (total + lengths[number], hand))
     return [sorted(hand) for hand in held]
 
 

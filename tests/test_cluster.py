@@ -2,7 +2,7 @@
 
 import pytest
 
-from moemerge.cluster import Cluster
+from moemerge.cluster import Cluster, hands_of
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
 from tests.support.stand_in_ray import Ray, sent
 
@@ -66,6 +66,14 @@ def test_a_cluster_without_room_is_refused_and_without_jobs_nothing_begins():
     assert str(refused.value) == ("--workers 3: the cluster has 2 CPUs, and each process takes one. Ask for 2 at most.")
     ray, given = dealt([99], 1, [])
     assert (list(given), ray.made) == ([], [])
+
+
+def test_much_text_is_dealt_out_evenly():
+    lengths = [1 + number * 7919 % 512 for number in range(100_000)]
+    hands = hands_of(lengths, 8)  # in minutes, if each hand were added up for each text
+    assert sorted(number for hand in hands for number in hand) == list(range(100_000))
+    totals = [sum(lengths[number] for number in hand) for hand in hands]
+    assert max(totals) - min(totals) <= 512
 
 
 @pytest.mark.parametrize(
