@@ -216,6 +216,10 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
     store, mixture = (tmp_path / "store").as_uri(), tmp_path / "mixture"
     assert run(config, mixture, "--quiet")[0] == 0
     edit = write_config(tmp_path / "edit.yaml", mixture, [f"{mixture}#0", f"{mixture}#1"], prompts=False)
+    no_address = (
+        "{}: is an address, and this writes to a folder on this machine. Name a folder, and copy it there; only merges "
+        "of dense models write to object stores, as to s3://BUCKET/PATH."
+    )
     refusals = {
         (
             config,
@@ -227,8 +231,9 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
             "extract",
             f"{mixture}#0",
             "s3://store/out",
-        ): "s3://store/out: is an address, and this writes to a folder on this "
-        "machine. Name a folder, and copy it there; only merges of dense models write to object stores.",
+        ): no_address.format("s3://store/out"),
+        (config, "s3://"): no_address.format("s3://"),
+        (config, "S3://bucket/out"): no_address.format("S3://bucket/out"),
         (
             edit,
             f"{store}/out",
