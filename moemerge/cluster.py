@@ -174,15 +174,16 @@ class Cluster:
         Raises:
             MoemergeError: what was called raised it, or a process failed, and so did those that took its place.
         """
-        left = list(waiting)
-        while left:
-            progress(len(waiting) - len(left), len(waiting))
-            _, left = self.ray.wait(left)
-        progress(len(waiting), len(waiting))
+        left, found = list(waiting), dict[Any, Any]()
         try:
-            return [self._get(reference) for reference in waiting]
+            while left:
+                progress(len(waiting) - len(left), len(waiting))
+                done, left = self.ray.wait(left)
+                found |= {reference: self._get(reference) for reference in done}  # what fails is raised at once
         except self.ray.exceptions.RayError as error:
             raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
+        progress(len(waiting), len(waiting))
+        return [found[reference] for reference in waiting]
 
 
 @contextmanager
