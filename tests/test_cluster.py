@@ -1,8 +1,11 @@
 """Jobs dealt out to processes of a cluster, by a stand-in for Ray whose processes die when they are told to."""
 
+import sys
+import threading
+
 import pytest
 
-from moemerge.cluster import Cluster, hands_of
+from moemerge.cluster import Cluster, ray_cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
 from tests.support.stand_in_ray import Ray, RayTaskError, sent
 
@@ -83,12 +86,16 @@ def test_what_a_process_raises_is_raised_before_others_are_done():
     assert told == [(0, 2)]
 
 
-def test_much_text_is_dealt_out_evenly():
-    lengths = [1 + number * 7919 % 512 for number in range(100_000)]
-    hands = hands_of(lengths, 8)  # in minutes, if each hand were added up for each text
-    assert sorted(number for hand in hands for number in hand) == list(range(100_000))
-    totals = [sum(lengths[number] for number in hand) for hand in hands]
-    assert max(totals) - min(totals) <= 512
+def test_what_ray_says_is_not_among_results(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)  # for the time of the test
+    ray = Ray().install()
+    monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) repeated"))
+    with ray_cluster("local", 1):
+        print("found")
+        listening = threading.Thread(target=print, args=("(raylet) a process died",), name="ray_listen_error_messages")
+        listening.start()
+        listening.join()
+    assert capsys.readouterr() == ("found\n", "(raylet) a process died\n(raylet) repeated\n")
 
 
 @pytest.mark.parametrize(
