@@ -232,6 +232,12 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
             f"{mixture}#0",
             "s3://store/out",
         ): no_address.format("s3://store/out"),
+        (
+            config,
+            tmp_path / "out",
+            "--keep-states",
+            "s3://bucket/kept",
+        ): "--keep-states: s3://bucket/kept is in an object store. Name a folder on this machine.",
         (config, "s3://"): no_address.format("s3://"),
         (config, "S3://bucket/out"): no_address.format("S3://bucket/out"),
         (
