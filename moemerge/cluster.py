@@ -3,10 +3,11 @@
 import os
 import platform
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -173,15 +174,17 @@ class Cluster:
         Raises:
             MoemergeError: what was called raised it, or a process failed, and so did those that took its place.
         """
-        left = list(waiting)
-        while left:
-            progress(len(waiting) - len(left), len(waiting))
-            _, left = self.ray.wait(left)
-        progress(len(waiting), len(waiting))
+        left, found = list(waiting), dict[Any, Any]()
         try:
-            return [self._get(reference) for reference in waiting]
+            while left:
+                progress(len(waiting) - len(left), len(waiting))
+                done, left = self.ray.wait(left)
+                found |= {reference: self._get(reference) for reference in done}  # what fails is raised at once
         except self.ray.exceptions.RayError as error:
-            raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
+            said = " ".join(str(error).split())
+            raise MoemergeError(f"a process of the Ray cluster failed: {said:.1000}") from error
+        progress(len(waiting), len(waiting))
+        return [found[reference] for reference in waiting]
 
 
 @contextmanager
@@ -200,14 +203,6 @@ def files_of_all_machines() -> Iterator[None]:
             f"--ray: {platform.node()} has no {error.__cause__.filename}. Every process reads the models itself: they "
             "have to be at the same paths on all machines, as on a file system that these share."
         ) from error
-
-
-def hands_of(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Deal the numbers of texts out by their lengths, so that all hands get about as much; none is empty."""
-    held: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
-    for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
-        min(held, key=lambda hand: sum(lengths[one] for one in hand)).append(number)
-    return [sorted(hand) for hand in held]
 
 
 def _in_folder(kind: Any, folder: Path) -> type:
@@ -248,14 +243,42 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
     """
     ray = import_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    began = not ray.is_initialized()
-    if began:
-        _connect(ray, address, count)
-    try:
+    if ray.is_initialized():
         yield Cluster(ray)
+        return
+    with _results_apart():
+        _connect(ray, address, count)
+        try:
+            yield Cluster(ray)
+        finally:
+            with redirect_stdout(sys.stderr):
+                ray.shutdown()
+
+
+class _Results:
+    """Standard output, to which Ray's threads do not write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what a command has found; what Ray says goes to standard error."""
+        is_rays = threading.current_thread().name.startswith("ray_")
+        return int((sys.stderr if is_rays else self._stream).write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _results_apart() -> Iterator[None]:
+    """A context in which Ray's messages, as of a process that died, are not printed among a command's results."""
+    given = sys.stdout
+    sys.stdout = _Results(given)
+    try:
+        yield
     finally:
-        if began:
-            ray.shutdown()
+        sys.stdout = given
 
 
 def _connect(ray: Any, address: str, count: int | None) -> None:

@@ -1,10 +1,13 @@
 """Jobs dealt out to processes of a cluster, by a stand-in for Ray whose processes die when they are told to."""
 
+import sys
+import threading
+
 import pytest
 
-from moemerge.cluster import Cluster
+from moemerge.cluster import Cluster, ray_cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
-from tests.support.stand_in_ray import Ray, sent
+from tests.support.stand_in_ray import Ray, RayTaskError, sent
 
 DONE: list[object] = []
 """What was done by processes, each of which has copies of its arguments alone."""
@@ -66,6 +69,33 @@ def test_a_cluster_without_room_is_refused_and_without_jobs_nothing_begins():
     assert str(refused.value) == ("--workers 3: the cluster has 2 CPUs, and each process takes one. Ask for 2 at most.")
     ray, given = dealt([99], 1, [])
     assert (list(given), ray.made) == ([], [])
+
+
+def test_what_a_process_raises_is_raised_before_others_are_done():
+    class Endless(Ray):
+        def wait(self, references):
+            assert len(references) == 2, "one is waited for that never ends"
+            return references[1:], references[:1]
+
+    def fail():
+        raise RayTaskError(RefusedError("no such file there"))
+
+    told = []
+    with pytest.raises(RefusedError, match=r"^no such file there$"):
+        Cluster(Endless()).results([lambda: None, fail], lambda done, count: told.append((done, count)))
+    assert told == [(0, 2)]
+
+
+def test_what_ray_says_is_not_among_results(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)  # for the time of the test
+    ray = Ray().install()
+    monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) repeated"))
+    with ray_cluster("local", 1):
+        print("found")
+        listening = threading.Thread(target=print, args=("(raylet) a process died",), name="ray_listen_error_messages")
+        listening.start()
+        listening.join()
+    assert capsys.readouterr() == ("found\n", "(raylet) a process died\n(raylet) repeated\n")
 
 
 @pytest.mark.parametrize(

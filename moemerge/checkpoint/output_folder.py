@@ -19,7 +19,8 @@ TUNE: Final = "moemerge-tune"
 UNDO: Final = "moemerge-undo"
 # Names that moemerge itself keeps in a folder that is a mount point, and that file systems keep there.
 _KEPT: Final = re.compile(rf"\.({PARTIAL}|{TUNE}|{UNDO})(\..+)?|lost\+found")
-_ADDRESS: Final = re.compile(r"([a-z][a-z0-9]+):/+(.*)", re.DOTALL)
+# Also one without a path, as of a shell variable that is empty. A `Path` of an address has one slash at most.
+_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9]+):(?:/+(.*))?", re.DOTALL)
 # The longest name beside an output is that of its journal's draft.
 _LONGEST_NAME: Final = f".{{}}.{PARTIAL}.journal.new"
 # Each thread has a source and a shard open, and a connection where it reads from the Hub.
@@ -200,8 +201,8 @@ def _resolved(out: Path) -> Path:
     """
     if match := _ADDRESS.fullmatch(str(out)):
         raise RefusedError(
-            f"{match[1]}://{match[2]}: is an address, and this writes to a folder on this machine. Name a folder, and "
-            "copy it there; only merges of dense models write to object stores."
+            f"{match[1]}://{match[2] or ''}: is an address, and this writes to a folder on this machine. Name a "
+            "folder, and copy it there; only merges of dense models write to object stores, as to s3://BUCKET/PATH."
         )
     try:
         str(out).encode()

@@ -145,6 +145,7 @@ def _check_options(
         "--push-streaming": push.push_streaming,
         "--resume": output.resume,
         "--ray": output.ray is not None,
+        "--workers": output.workers is not None,
         "--routing-table": reading.routing_table,
         "--low-memory": reading.low_memory,
         "--keep-states": routers.keep_states is not None,

@@ -274,6 +274,8 @@ def check_processes(ray: str | None, workers: int | None, device: str = "auto") 
         raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
     if ray and "," in device:
         raise RefusedError(f"--devices {device}: each process of --ray has one device. Name one, or leave out --ray.")
+    if ray and device.partition(":")[2] not in {"", "0"}:  # Ray shows each process its own GPU alone
+        raise RefusedError(f"--device {device}: each process of --ray sees one GPU. Write {device.partition(':')[0]}.")
 
 
 def check_text(place: str, text: str) -> None:

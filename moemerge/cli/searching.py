@@ -171,7 +171,7 @@ def _check_output(recipe: Path, output: str, *, overwrite: bool) -> None:
 
 
 def _settings(searching: SearchOptions, measuring: TextOptions) -> "SearchSettings":
-    check_processes(searching.ray, searching.workers)
+    check_processes(searching.ray, searching.workers, measuring.device)
     from moemerge.checkpoint.disk import cache_folder
     from moemerge.searching.settings import SearchSettings
 

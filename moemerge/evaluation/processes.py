@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
-from moemerge.cluster import Cluster, files_of_all_machines, hands_of, ray_cluster
+from moemerge.cluster import Cluster, files_of_all_machines, ray_cluster
 from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import run_model
 from moemerge.passes.compute_dtype import Compute
+from moemerge.passes.sharing_out import hands_of
 from moemerge.passes.tokens import Window
 
 

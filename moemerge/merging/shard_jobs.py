@@ -138,7 +138,7 @@ class FolderWorker(ShardWorker):
         if found != self._stage.sign:
             raise RefusedError(f"--ray: {self.host} does not see the folder {folder}. {_SHARED}.")
         super().check()
-        draft = folder / _draft("probe", self.host)
+        draft = folder / _draft("probe", uuid.uuid4().hex)  # processes on one machine check at the same moment
         try:
             draft.write_text("")
             draft.unlink()

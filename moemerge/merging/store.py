@@ -39,13 +39,18 @@ class Store(Streamed):
 
     def check(self, plan: MergePlan, options: MergeOptions, made_bytes: int) -> None:
         """Refuse a folder of the store that holds something else, or a disk without room for two shards."""
-        self.output.check(plan.sources, overwrite=options.overwrite, written=plan.file_names)
+        self._check_place(plan, options)
         super().check(plan, options, made_bytes)
+
+    def _check_place(self, plan: MergePlan, options: MergeOptions) -> None:
+        self.output.check(plan.sources, overwrite=options.overwrite, written=plan.file_names)
 
     @contextmanager
     def staged(self, plan: MergePlan, options: MergeOptions) -> Iterator[Path]:
         """A context with a folder that is removed at the end; the journal is the one in the store."""
         with super().staged(plan, options) as folder:
+            self.output.look()  # a merge on this machine may have ended since
+            self._check_place(plan, options)
             journal_of(folder).restore(self.output.journal if options.resume else "")
             try:
                 yield folder

@@ -1,9 +1,10 @@
-"""Parts of a pass that are shared out to several devices, each with a thread of its own."""
+"""Parts of a pass that are shared out: to several devices, each with a thread of its own, or to processes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from heapq import heapreplace
 from typing import Final, TypeVar
 
 _Part = TypeVar("_Part")
@@ -37,3 +38,14 @@ def shared_out(work: Callable[[int, _Part], _Made], parts: Iterable[_Part], devi
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def hands_of(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deal the numbers of texts out by their lengths, so that all hands get about as much; none is empty."""
+    held: list[list[int]] = [[] for _ in range(min(count, len(lengths)))]
+    sums = [(0, hand) for hand in range(len(held))]  # a heap, whose first hand has the least
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number], reverse=True):
+        total, hand = sums[0]
+        held[hand].append(number)
+        heapreplace(sums, (total + lengths[number], hand))
+    return [sorted(hand) for hand in held]

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from moemerge.sources.reference import Location
 from moemerge.sources.remote_weights import TEMPLATES
 from moemerge.sources.retries import Patience, Result, sleep
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
-from moemerge.sources.stores import StoreFolder, explained, may_pass
+from moemerge.sources.stores import Stored, StoreFolder, explained, may_pass
 
 # Without these no reader takes a folder for a model, so they come last and go first.
 _SEALS: Final = ("config.json", SAFETENSORS_INDEX)
@@ -56,13 +57,21 @@ class StoreOutput:
         if location.gguf:
             raise RefusedError(f"{location}: a GGUF file is written on this machine. Name a file here, and copy it.")
         self.location, self._announce = location, announce
-        self._folder = StoreFolder(location)
+        self.look()
+
+    def look(self) -> None:
+        """List the folder anew, since another merge may have ended there meanwhile.
+
+        Raises:
+            SourceError: the store cannot be reached, or refuses.
+        """
+        self._folder = StoreFolder(self.location)
         self._sent: dict[str, Sent] = {}
         self.journal = ""
         """The journal of an unfinished merge that was sent here."""
         self._began = UNFINISHED in self._folder.files
         if self._began:
-            with explained(location), self._folder.open(UNFINISHED) as opened:
+            with explained(self.location), self._folder.open(UNFINISHED) as opened:
                 self._read(opened.read())
 
     def _read(self, content: bytes) -> None:
@@ -96,7 +105,7 @@ class StoreOutput:
             RefusedError: something would be lost.
         """
         for source in sources:
-            if isinstance(source.origin, StoreFolder) and _overlap(source.origin.location, self.location):
+            if any(_overlap(place, self.location) for place in _places_of(source)):
                 raise RefusedError(
                     f"{self.location}: is, holds or lies within the model {source.origin}. Choose another address."
                 )
@@ -141,10 +150,17 @@ class StoreOutput:
 
         Raises:
             OutputError: the store does not take it.
+            RefusedError: the folder has changed since it was checked, and not by this merge.
         """
+        seen, now = self._folder.files, self._list_again()
+        if changed := [name for name in now if name != UNFINISHED and now[name] != seen.get(name)]:
+            raise RefusedError(
+                f"{self.location}/{changed[0]}: is new, or was changed, since this merge began. Look who else writes "
+                "there, and merge again."
+            )
         self._sent = {name: self._sent[name] for name in kept}
         self.note(journal)
-        gone = [n for n in self._folder.files if n not in kept and n != UNFINISHED]
+        gone = [name for name in now if name not in kept and name != UNFINISHED]
         for name in sorted(gone, key=lambda name: (name != COMPLETE, name not in _SEALS)):
             self._ask(lambda name=name: self._folder.store.rm_file(self._folder.path_of(name)))  # type: ignore[misc]
 
@@ -167,8 +183,7 @@ class StoreOutput:
         sha256, nbytes, place = _sha256(path), path.stat().st_size, self._folder.path_of(name)
         parts = _PARTS.get(self.location.kind, {})
         self._ask(lambda: self._folder.store.put_file(str(path), place, **parts))
-        with explained(self.location, OutputError):
-            found = self._folder.list_again().get(name)
+        found = self._list_again().get(name)
         if found is None or found.nbytes != nbytes:
             raise OutputError(
                 f"{self.location}/{name}: {nbytes} bytes were sent, and the store holds "
@@ -183,8 +198,7 @@ class StoreOutput:
         Raises:
             OutputError: the store does not take it, or a shard is no longer as it was sent.
         """
-        with explained(self.location, OutputError):
-            now = self._folder.list_again()
+        now = self._list_again()
         if lost := [
             name for name, sent in self._sent.items() if name not in now or now[name].identity != sent.identity
         ]:
@@ -209,6 +223,9 @@ class StoreOutput:
         with suppress(Exception):  # beside a complete model it means nothing
             self._folder.store.rm_file(self._folder.path_of(UNFINISHED))
 
+    def _list_again(self) -> Mapping[str, Stored]:
+        return self._ask(self._folder.list_again)
+
     def _put(self, name: str, content: Any) -> None:
         text = json.dumps(content, indent=2) + "\n"
         self._ask(lambda: self._folder.store.pipe_file(self._folder.path_of(name), text.encode()))
@@ -224,8 +241,18 @@ class StoreOutput:
                     sleep(patience.wait_after(error))
 
 
+def _places_of(source: ModelFolder) -> Iterator[Location]:
+    """The folders that a model is read from; one on this machine may also be written as a store, by `file://`."""
+    if isinstance(source.origin, StoreFolder):
+        yield source.origin.location
+    yield from (Location("file", str(folder)) for folder in source.folders)
+
+
 def _overlap(one: Location, other: Location) -> bool:
-    first, second = f"{one.kind}://{one.path}/", f"{other.kind}://{other.path}/"
+    first, second = (
+        f"{place.kind}://{os.path.realpath(place.path) if place.kind == 'file' else place.path}/"
+        for place in (one, other)
+    )
     return first.startswith(second) or second.startswith(first)
 
 

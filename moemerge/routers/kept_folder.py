@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from moemerge.config.router_methods import RouterMethod
 from moemerge.errors import RefusedError
+from moemerge.sources.reference import location_of
 
 _LOCK: Final = ".lock"
 _FILE: Final = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -56,6 +57,8 @@ def check_kept_states(folder: Path, out: Path | None = None) -> None:
     Raises:
         RefusedError: it is no folder, cannot be made, holds other files, or is in `out`.
     """
+    if place := location_of(folder):
+        raise RefusedError(f"--keep-states: {place} is in an object store. Name a folder on this machine.")
     if out and out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise RefusedError(f"--keep-states: {folder} is in the output, {out}. Name a folder elsewhere.")
     try:

@@ -179,7 +179,7 @@ def _explain(error: Exception, location: Location) -> str:
 def may_pass(error: Exception) -> bool:
     """Whether an error of a store's libraries may not occur the next time."""
     names = _kinds(error)
-    is_busy = isinstance(error, OSError) and error.errno in _BUSY
+    is_busy = any(isinstance(one, OSError) and one.errno in _BUSY for one in chain(error))
     return "FileExpired" not in names and (is_busy or is_of_network(error) or bool(names & _ON_THE_WAY))
 
 

@@ -92,12 +92,13 @@ def test_a_config_says_the_same_as_the_command_line(mixture, tmp_path, run):
         f"{tmp_path / 'out'}: nothing was written, since this was a dry run.\n",
     )
     assert shown[shown.index("\n\n") + 2 :] == planned + last
-    assert run(tmp_path / "edit.yaml", tmp_path / "by config", "--ray", "local") == (
-        2,
-        "",
-        "error: --ray: base_model is a mixture, so this config describes an edit, which has no such option. Write into "
-        "a folder; `moemerge push` sends it.\n",
-    )
+    for name, value in (("--ray", "local"), ("--workers", "2")):
+        assert run(tmp_path / "edit.yaml", tmp_path / "by config", name, value) == (
+            2,
+            "",
+            f"error: {name}: base_model is a mixture, so this config describes an edit, which has no such option. Write "
+            "into a folder; `moemerge push` sends it.\n",
+        )
     assert run(tmp_path / "edit.yaml", tmp_path / "by config", "-q") == (0, "", "")
     assert run("edit", mixture, tmp_path / "by flags", "--drop", "fox", "--top-k", "1", "-q") == (0, "", "")
     for name in ("config.json", *(path.name for path in (tmp_path / "by flags").glob("model*"))):

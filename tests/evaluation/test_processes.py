@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from moemerge import EvaluationSettings, evaluate, load_config, merge, plan_merge
-from moemerge.cluster import hands_of
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import CheckpointError, RefusedError
 from moemerge.evaluation import measuring, processes
+from moemerge.passes.sharing_out import hands_of
 from tests.support.models import write_config
 from tests.support.ray_here import RayHere, cluster_here
 from tests.support.recipes import documents
@@ -115,6 +115,7 @@ def test_an_error_in_a_process_is_raised_as_in_one(world, monkeypatch):
             ["--ray=local", "--devices=cpu,cpu"],
             "--devices cpu,cpu: each process of --ray has one device. Name one, or leave out --ray.",
         ),
+        (["--ray=local", "--device=cuda:1"], "--device cuda:1: each process of --ray sees one GPU. Write cuda."),
     ],
 )
 def test_options_that_do_not_fit_each_other_are_refused(run, world, tmp_path, options, said):

@@ -6,6 +6,7 @@ import shutil
 import socket
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,23 @@ def test_a_machine_that_may_not_write_is_refused(plan, stage):
         )
     finally:
         stage.chmod(0o755)
+
+
+def test_processes_on_one_machine_may_check_at_the_same_moment(plan, stage, monkeypatch):
+    first, second = (worker_of(plan, stage)[0] for _ in range(2))
+    first._stage = second._stage
+    write = Path.write_text
+
+    def meanwhile(path, text):
+        done = write(path, text)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_text", write)
+            second.check()
+        return done
+
+    monkeypatch.setattr(Path, "write_text", meanwhile)
+    first.check()
+    assert [path.name for path in stage.iterdir()] == [".shared"]
 
 
 def test_a_machine_with_other_versions_is_refused(plan, stage):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.errors import OutputError
+from moemerge.errors import OutputError, RefusedError
+from moemerge.merging.store import Store, scratch_for
 from moemerge.planning.options import PlanOptions
 from moemerge.publish import store as publish_store
 from moemerge.publish.store import StoreOutput
@@ -215,6 +216,10 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
     store, mixture = (tmp_path / "store").as_uri(), tmp_path / "mixture"
     assert run(config, mixture, "--quiet")[0] == 0
     edit = write_config(tmp_path / "edit.yaml", mixture, [f"{mixture}#0", f"{mixture}#1"], prompts=False)
+    no_address = (
+        "{}: is an address, and this writes to a folder on this machine. Name a folder, and copy it there; only merges "
+        "of dense models write to object stores, as to s3://BUCKET/PATH."
+    )
     refusals = {
         (
             config,
@@ -226,8 +231,15 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
             "extract",
             f"{mixture}#0",
             "s3://store/out",
-        ): "s3://store/out: is an address, and this writes to a folder on this "
-        "machine. Name a folder, and copy it there; only merges of dense models write to object stores.",
+        ): no_address.format("s3://store/out"),
+        (
+            config,
+            tmp_path / "out",
+            "--keep-states",
+            "s3://bucket/kept",
+        ): "--keep-states: s3://bucket/kept is in an object store. Name a folder on this machine.",
+        (config, "s3://"): no_address.format("s3://"),
+        (config, "S3://bucket/out"): no_address.format("S3://bucket/out"),
         (
             edit,
             f"{store}/out",
@@ -241,4 +253,43 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
         f"error: {llamas[1].as_uri()}/out: is, holds or lies within the model {llamas[1].as_uri()}. Choose another "
         "address.\n",
     )
+    (tmp_path / "linked").symlink_to(llamas[1])
+    held = sorted(path.name for path in llamas[1].iterdir())
+    for address in (llamas[1].as_uri(), (tmp_path / "linked").as_uri()):  # a model here, written as if in a store
+        assert run(config, address, "--overwrite", "--quiet")[::2] == (
+            2,
+            f"error: {address}: is, holds or lies within the model {llamas[1]}. Choose another address.\n",
+        )
+    assert sorted(path.name for path in llamas[1].iterdir()) == held
     assert not (tmp_path / "store").exists()
+
+
+def test_a_model_that_another_merge_completes_meanwhile_stays(place, config, llamas):
+    other = write_config(config.with_name("other.yaml"), llamas[0], llamas[2:4], prompts=False)
+    plan, later = (plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)) for path in (config, other))
+    location = location_of(place.url)
+    output = StoreOutput(location, print)  # by a command that plans while the other merge ends
+    merge(plan, place.url)
+    files = place.files()
+    with pytest.raises(RefusedError, match=r": is not empty \(\d+ objects, among them 'README.md'\)\."):
+        merge(later, Store(scratch_for(location), output))
+    assert place.files() == files
+
+
+def test_a_model_that_another_machine_completes_meanwhile_stays(place, config, monkeypatch):
+    files = {"config.json": b"{}", "model.safetensors": b"of another machine"}
+    begin = Store._begin_sending
+
+    def late(self, shards):
+        for name, content in files.items():
+            place.write(name, content)
+        begin(self, shards)
+
+    monkeypatch.setattr(Store, "_begin_sending", late)
+    with pytest.raises(RefusedError) as raised:
+        merge(plan_merge(load_config(config)), place.url)
+    assert str(raised.value) == (
+        f"{place.url}/config.json: is new, or was changed, since this merge began. Look who else writes there, and "
+        "merge again."
+    )
+    assert place.files() == files

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from moemerge.passes.sharing_out import shared_out
+from moemerge.passes.sharing_out import hands_of, shared_out
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3])
@@ -48,3 +48,11 @@ def test_an_error_comes_at_its_part_and_ends_the_rest():
     assert used == [0, 1, 2]
     assert len(begun) <= 7
     assert threading.active_count() == threads
+
+
+def test_much_text_is_dealt_out_evenly():
+    lengths = [1 + number * 7919 % 512 for number in range(100_000)]
+    hands = hands_of(lengths, 8)  # in minutes, if each hand were added up for each text
+    assert sorted(number for hand in hands for number in hand) == list(range(100_000))
+    totals = [sum(lengths[number] for number in hand) for hand in hands]
+    assert max(totals) - min(totals) <= 512

@@ -175,6 +175,23 @@ def test_a_merge_of_a_file_is_that_of_its_dequantised_copy(tmp_path, wide, keys)
     assert ours == theirs
 
 
+def test_files_of_one_name_with_equal_headers_are_two_models(tmp_path):
+    models = [make_model(tmp_path / name, seed, tuned_from=0) for seed, name in enumerate(("base", "fox", "code"))]
+    files = []
+    for model in models[1:]:
+        (tmp_path / f"{model.name} in GGUF").mkdir()
+        files.append(write_gguf(model, tmp_path / f"{model.name} in GGUF" / "model.gguf"))
+    assert read_contents(files[0]).header == read_contents(files[1]).header
+    plan = plan_merge(load_config(write_config(tmp_path / "merge.yaml", models[0], files, prompts=False)))
+    merge(plan, tmp_path / "out")
+    merged, ends = load_weights(tmp_path / "out"), {"w1": "gate", "w2": "down", "w3": "up"}
+    for number, model in enumerate(models[1:]):
+        own = load_weights(model)
+        for end, role in ends.items():
+            found = merged[f"model.layers.0.block_sparse_moe.experts.{number}.{end}.weight"]
+            assert torch.equal(found, own[f"model.layers.0.mlp.{role}_proj.weight"].to(found.dtype))
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_an_adapter_on_a_file_is_one_on_its_dequantised_copy(tmp_path, wide):
     make_adapter(tmp_path / "adapter", wide["copy"])

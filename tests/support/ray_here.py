@@ -53,10 +53,17 @@ class RayHere:
     def wait(self, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
         return waiting[:1], waiting[1:]
 
-    def get(self, reference: Any) -> Any:
-        if isinstance(reference, Exception):
-            raise RayTaskError(reference)
-        return reference
+    def get(self, reference: "_Reference") -> Any:
+        if isinstance(reference.result, Exception):
+            raise RayTaskError(reference.result)
+        return reference.result
+
+
+class _Reference:
+    """To a result; as Ray's, it can be a key."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
 
 
 class _Actor:
@@ -64,14 +71,14 @@ class _Actor:
         self._ray, self._make, self._made = ray, make, make()
 
     def __getattr__(self, name: str) -> Any:
-        def ask(*arguments: Any) -> Any:
+        def ask(*arguments: Any) -> _Reference:
             self._ray.asked += 1
             if self._ray.asked == self._ray.dies_at:
                 self._made = self._make()  # as Ray does, which asks it again
             try:
-                return copy.deepcopy(getattr(self._made, name)(*arguments))
+                return _Reference(copy.deepcopy(getattr(self._made, name)(*arguments)))
             except MoemergeError as error:  # which `get` raises
-                return error
+                return _Reference(error)
 
         return SimpleNamespace(remote=ask)
 

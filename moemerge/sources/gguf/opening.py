@@ -149,14 +149,17 @@ def add_tokenizer(model: ModelFolder) -> str:
 
 
 def _folder_for(model: GgufModel) -> Path:
-    """The folder for the small files of a model, which is named after what they are made of."""
+    """The folder for the small files of a model, which is named after what they are made of, and the model's place.
+
+    Tables of tensors are found by this folder, and fine-tunes of one model may have equal headers.
+    """
     cache = cache_folder("gguf")
     if cache is None:
         raise RefusedError(
             f"{model.reference}: its config.json is made in a folder of your cache, and you have none. Set "
             "XDG_CACHE_HOME to a folder."
         )
-    names = repr([(file.path.name, sorted(file.tensors.items())) for file in model.files])
+    names = repr([(str(file.path), sorted(file.tensors.items())) for file in model.files])
     made = hashlib.sha256(model.first.header + names.encode() + version("moemerge").encode())
     return cache / f"{model.first.path.name.rpartition('.')[0][:80]}-{made.hexdigest()[:16]}"
 
