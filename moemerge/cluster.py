@@ -1,13 +1,10 @@
-"""Processes of a Ray cluster, on one machine or several."""
+"""Processes of a Ray cluster, on one machine or several; `moemerge.joining` connects to it."""
 
 import os
 import platform
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any, Final, TypeVar
 
 from moemerge.errors import MoemergeError, RefusedError
 
-_LOCAL: Final = "local"
 # Of a process that was killed, as for want of memory.
 _RESTARTS: Final = 2
 # Not 0: a head that was given no CPUs is left alone.
@@ -103,6 +99,7 @@ class Cluster:
         """
         if not (left := deque(jobs)):
             return
+        count = min(count, len(left))
         self._check_room(count)
         made = self.ray.remote(_in_folder(kind, Path.cwd())).options(num_cpus=1, scheduling_strategy="SPREAD")
         actors: list[Any] = []
@@ -159,9 +156,9 @@ class Cluster:
         for kind in ("GPU", "CPU") if of_gpu else ("CPU",):
             room = int(self.ray.cluster_resources().get(kind, 0))
             if count > room:
+                advice = f"Ask for {room} at most." if room else f"Add a machine that has {kind}s."
                 raise RefusedError(
-                    f"--workers {count}: the cluster has {room} {kind}s, and each process takes one. "
-                    f"Ask for {room} at most."
+                    f"--workers {count}: the cluster has {room} {kind}s, and each process takes one. {advice}"
                 )
 
     def results(self, waiting: list[Any], progress: Callable[[int, int], None] = lambda _done, _all: None) -> list[Any]:
@@ -214,86 +211,3 @@ def _in_folder(kind: Any, folder: Path) -> type:
         kind.__init__(self, *arguments)
 
     return type(kind.__name__, (kind,), {"__init__": begin})
-
-
-def import_ray() -> Any:
-    """Import Ray, and return its module.
-
-    Raises:
-        RefusedError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise RefusedError("--ray: ray is needed: pip install 'moemerge[ray]'.") from error
-    return ray
-
-
-@contextmanager
-def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
-    """A context that is connected to a Ray cluster; a connection that was there is used, and stays.
-
-    Args:
-        address: `local` for processes on this machine, `auto` for a cluster that it belongs to, or a cluster's address.
-        count: the number of processes, if it is known: for so many a cluster that is begun by `local` has room, even on
-            a machine that has fewer CPUs.
-
-    Raises:
-        RefusedError: Ray is not installed, or there is no such cluster.
-    """
-    ray = import_ray()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if ray.is_initialized():
-        yield Cluster(ray)
-        return
-    with _results_apart():
-        _connect(ray, address, count)
-        try:
-            yield Cluster(ray)
-        finally:
-            with redirect_stdout(sys.stderr):
-                ray.shutdown()
-
-
-class _Results:
-    """Standard output, to which Ray's threads do not write."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write what a command has found; what Ray says goes to standard error."""
-        is_rays = threading.current_thread().name.startswith("ray_")
-        return int((sys.stderr if is_rays else self._stream).write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def _results_apart() -> Iterator[None]:
-    """A context in which Ray's messages, as of a process that died, are not printed among a command's results."""
-    given = sys.stdout
-    sys.stdout = _Results(given)
-    try:
-        yield
-    finally:
-        sys.stdout = given
-
-
-def _connect(ray: Any, address: str, count: int | None) -> None:
-    cpus = None if count is None else max(count, len(os.sched_getaffinity(0)))
-    options = {"num_cpus": cpus, "include_dashboard": False} if address == _LOCAL else {}
-    ends = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, ValueError) as error:
-        raise RefusedError(
-            f"--ray {address}: there is no such cluster ({' '.join(str(error).split()):.200}). `--ray local` begins "
-            "processes on this machine, `--ray auto` finds the cluster that it belongs to."
-        ) from error
-    except (OSError, RuntimeError) as error:  # a folder whose path is too long for sockets, another version of Ray
-        raise RefusedError(f"--ray {address}: Ray does not begin: {' '.join(str(error).split()):.400}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ends)  # which Ray has taken for itself

@@ -1,12 +1,14 @@
 """Jobs dealt out to processes of a cluster, by a stand-in for Ray whose processes die when they are told to."""
 
+import socket
 import sys
 import threading
 
 import pytest
 
-from moemerge.cluster import Cluster, ray_cluster
+from moemerge.cluster import Cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
+from moemerge.joining import check_address, ray_cluster
 from tests.support.stand_in_ray import Ray, RayTaskError, sent
 
 DONE: list[object] = []
@@ -104,3 +106,17 @@ def test_what_ray_says_is_not_among_results(monkeypatch, capsys):
 def test_an_error_is_the_same_in_another_process(error):
     same = sent(error)
     assert (type(same), str(same), vars(same)) == (type(error), str(error), vars(error))
+
+
+def test_addresses_where_no_cluster_can_be_are_refused():
+    with pytest.raises(RefusedError, match=r"^--ray locl: is neither local nor auto nor HOST:PORT\. "):
+        check_address("locl")
+    with socket.socket() as held:  # bound, but not listening
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(RefusedError, match=rf"^--ray {address}: nothing answers there .*`ray status`\.$"):
+            check_address(address)
+        held.listen()
+        check_address(address)
+    check_address("local")
+    check_address("auto")

@@ -4,25 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.cli.merge_options import OutputOptions, PushOptions
-from moemerge.cli.options import check_processes
 
 if TYPE_CHECKING:
     from moemerge.merging.destinations import Destination
     from moemerge.publish.publisher import Publisher
-
-
-def check_workers(output: OutputOptions) -> None:
-    """Refuse options for several processes that cannot be followed, before weights are downloaded.
-
-    Raises:
-        RefusedError: says which, and why; or Ray is not installed.
-    """
-    check_processes(output.ray, output.workers)
-    if output.ray is None:
-        return
-    from moemerge.cluster import import_ray
-
-    import_ray()
 
 
 def destination_of(out: Path, output: OutputOptions, push: PushOptions, publisher: "Publisher | None") -> "Destination":

@@ -140,7 +140,7 @@ def merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, rou
         check_kept_states(routers.keep_states, out)
     if routers.share_text:
         if output.ray is None:
-            raise RefusedError("--share-text: shares text out to processes of --ray, which is not given.")
+            raise RefusedError("--share-text: needs --ray. Add `--ray local` for processes on this machine.")
         check_processes(output.ray, output.workers, routers.device)
     return MergeOptions(
         overwrite=output.overwrite,

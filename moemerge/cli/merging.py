@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, return_freed_memory, stoppable
-from moemerge.cli.destination import check_workers, destination_of
+from moemerge.cli.destination import destination_of
 from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
 from moemerge.cli.merge_options import OutputOptions, PushOptions, ReadingOptions, RouterOptions, merge_options
 from moemerge.cli.merge_report import interrupts_after_success, merge_facts, print_done, print_report
 from moemerge.cli.mistakes import check_arguments
-from moemerge.cli.options import Config, ModelOptions, VerboseOptions
+from moemerge.cli.options import Config, ModelOptions, VerboseOptions, check_processes
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
@@ -158,7 +158,7 @@ def _place_check(
         "--out-shard-size": output.out_shard_size is not None,
     }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
-    check_workers(output)
+    check_processes(output.ray, output.workers)
     check_place: Callable[[list[Path]], None] = partial(
         _check_folder, out, [request.config], overwrite=output.overwrite, streaming=push.push_streaming
     )

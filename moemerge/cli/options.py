@@ -265,17 +265,22 @@ class VerboseOptions:
 
 
 def check_processes(ray: str | None, workers: int | None, device: str = "auto") -> None:
-    """Refuse options for the processes of a cluster that do not fit each other.
+    """Refuse options for the processes of a cluster that cannot be followed, before models are opened.
 
     Raises:
-        RefusedError: says what is expected.
+        RefusedError: says what is expected; or Ray is not installed, or no cluster can be at its address.
     """
     if workers and ray is None:
-        raise RefusedError("--workers: says how many processes of --ray there are, which is not given.")
+        raise RefusedError("--workers: needs --ray. Add `--ray local` for processes on this machine.")
     if ray and "," in device:
         raise RefusedError(f"--devices {device}: each process of --ray has one device. Name one, or leave out --ray.")
     if ray and device.partition(":")[2] not in {"", "0"}:  # Ray shows each process its own GPU alone
         raise RefusedError(f"--device {device}: each process of --ray sees one GPU. Write {device.partition(':')[0]}.")
+    if ray:
+        from moemerge.joining import check_address, import_ray
+
+        import_ray()
+        check_address(ray)
 
 
 def check_text(place: str, text: str) -> None:

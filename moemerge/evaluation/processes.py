@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 import torch
 
-from moemerge.cluster import Cluster, files_of_all_machines, ray_cluster
+from moemerge.cluster import Cluster, files_of_all_machines
 from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import run_model
+from moemerge.joining import ray_cluster
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.sharing_out import hands_of
 from moemerge.passes.tokens import Window

@@ -78,11 +78,7 @@ def select_family(
     asked = (architecture or "").lower()
     notes = [_DEEPSEEK] if asked == "deepseek" else []
     asked = "" if notes else _MERGEKIT_NAMES.get(asked, asked)
-    candidates = _candidates(asked)
-    if not candidates:
-        known = ", ".join(MOE_FAMILIES)
-        raise IncompatibleError(f"architecture: {architecture!r} is not an output family; known: {known}.", [])
-    facts = facts_of(base, mixture)
+    candidates, facts = _candidates(asked, architecture), facts_of(base, mixture)
     problems, others, fitting = [], [], []
     for family in candidates:
         if base.family.block not in family.blocks:
@@ -97,18 +93,24 @@ def select_family(
         best = max(fitting, key=lambda family: _worth(family, facts, preferred))
         return _choice(best, base, facts, [note.format(best.model_type) for note in notes], inside)
     if others:
-        problems.append(
-            f"{', '.join(others)}: {'does' if len(others) == 1 else 'do'} not compute like {base.family.model_type}"
-        )
+        verb = "does" if len(others) == 1 else "do"
+        problems.append(f"{', '.join(others)}: {verb} not compute like {base.family.model_type}")
     key = f"keep_vision: {inside!r}" if inside else f"architecture: {architecture!r}" if asked else ""
     raise IncompatibleError(f"{_headline(key, engine)}:", problems)
 
 
-def _candidates(asked: str) -> list[MoeFamily]:
-    """List the family of this name, or those whose names begin like it."""
+def _candidates(asked: str, given: str | None) -> list[MoeFamily]:
+    """List the family of this name, or those whose names begin like it; `given` is the name as it was written.
+
+    Raises:
+        IncompatibleError: there are none.
+    """
     if asked in MOE_FAMILIES:
         return [MOE_FAMILIES[asked]]
-    return [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]
+    if found := [family for name, family in MOE_FAMILIES.items() if name.startswith(asked)]:
+        return found
+    known = ", ".join(MOE_FAMILIES)
+    raise IncompatibleError(f"architecture: {given!r} is not an output family; known: {known}.", [])
 
 
 def _headline(key: str, engine: Engine | None) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.journal import holds
-from moemerge.cluster import ray_cluster
 from moemerge.errors import OutputError
+from moemerge.joining import ray_cluster
 from moemerge.merging.destinations import Folder, Unfinished
 from moemerge.merging.merge_work import Work, router_bands
 from moemerge.merging.options import MergeOptions

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.writer import ShardWriter
-from moemerge.cluster import ray_cluster
 from moemerge.errors import MoemergeError, RefusedError
+from moemerge.joining import ray_cluster
 from moemerge.merging.destinations import Hub, Unfinished
 from moemerge.merging.merge_work import Work, router_bands
 from moemerge.merging.options import MergeOptions

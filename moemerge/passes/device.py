@@ -25,7 +25,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        if why.startswith("Expected one of"):
+            why = "it is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
         raise RefusedError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
     return device
 

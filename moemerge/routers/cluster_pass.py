@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.cluster import Cluster, files_of_all_machines, ray_cluster
+from moemerge.cluster import Cluster, files_of_all_machines
+from moemerge.joining import ray_cluster
 from moemerge.passes.sharing_out import hands_of
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.streamed_pass import capture_router_inputs

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from moemerge.cluster import Cluster, ray_cluster
+from moemerge.cluster import Cluster
+from moemerge.joining import ray_cluster
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from moemerge.progress import Progress, Stage, Task

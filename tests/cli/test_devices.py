@@ -114,7 +114,7 @@ def test_what_is_not_finite_on_one_of_several_devices_is_said_as_on_one(run, out
     [
         (
             ("eval", "--devices=cpu,gpu"),
-            "error: device 'gpu' cannot be used here: Expected one of cpu, cuda, ipu, xpu, mkldnn, opengl, opencl, ",
+            "error: device 'gpu' cannot be used here: it is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps. Choose ",
         ),
         (
             ("merge", "--devices=cpu,gpu"),

@@ -97,7 +97,7 @@ def told(place, monkeypatch, capsys):
         ("moemerge plan nowhere/a.yaml", "nowhere/a.yaml: there is no such file, and no folder nowhere."),
         ("moemerge plan nothing/a.yaml", f"nothing/a.yaml: there is no such file. {BEGIN}"),
         ("moemerge merge.yaml", "OUT, the folder to write, is missing. Write `moemerge merge.yaml out`, or `moemerge plan merge.yaml` to see what would be written."),
-        ("moemerge merge.yaml out --workers 2", "--workers: says how many processes of --ray there are, which is not given."),
+        ("moemerge merge.yaml out --workers 2", "--workers: needs --ray. Add `--ray local` for processes on this machine."),
         ("moemerge merge.yaml out more", "more: more arguments than `moemerge merge` takes. See `moemerge merge --help`."),
         ("moemerge verify base", "base: has no moemerge_config.yaml. Name the config that it was merged from with --against."),
         ("moemerge mergekit-moe merge.yaml out", "mergekit-moe: moemerge stands in its place. Leave the word out: `moemerge merge.yaml out`."),

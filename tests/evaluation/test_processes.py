@@ -59,6 +59,7 @@ def test_commands_find_by_processes_what_they_find_alone(run, world, tmp_path, m
     words += ["--device=cpu", "--compute-dtype=float32", "--window=60", "--max-tokens=1500", "--json", "-q"]
     code, alone, _ = run(*words)
     ray = RayHere()
+    monkeypatch.setitem(sys.modules, "ray", ray)  # which is looked for before models are opened
     monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
     assert (code, ray.made) == (0, 0)
     code, shared, _ = run(*words, "--ray=local", "--workers=3")
@@ -110,7 +111,7 @@ def test_an_error_in_a_process_is_raised_as_in_one(world, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--workers=2"], "--workers: says how many processes of --ray there are, which is not given."),
+        (["--workers=2"], "--workers: needs --ray. Add `--ray local` for processes on this machine."),
         (
             ["--ray=local", "--devices=cpu,cpu"],
             "--devices cpu,cpu: each process of --ray has one device. Name one, or leave out --ray.",
@@ -132,7 +133,7 @@ def test_text_of_routers_is_shared_only_by_processes(run, world, tmp_path):
     assert run(world / "c.yaml", tmp_path / "out", "--share-text", "-q") == (
         2,
         "",
-        "error: --share-text: shares text out to processes of --ray, which is not given.\n",
+        "error: --share-text: needs --ray. Add `--ray local` for processes on this machine.\n",
     )
 
 

@@ -160,7 +160,7 @@ def test_ray_is_asked_for_where_it_is_missing(world, monkeypatch, run):
     options = ["-o", "-", f"--data=code={data(world)['code'][0]}", "--workers=2"]
     assert run("search", written(world), *options)[::2] == (
         2,
-        "error: --workers: says how many processes of --ray there are, which is not given.\n",
+        "error: --workers: needs --ray. Add `--ray local` for processes on this machine.\n",
     )
 
 
