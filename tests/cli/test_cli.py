@@ -557,6 +557,12 @@ def test_an_interrupt_that_pydantic_wraps_is_one():
     assert explain_error(caught.value, keeps_output=True) == ("interrupted: the output is as it was before", 130)
 
 
+def test_an_interrupt_that_is_raised_from_another_keeps_its_message():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        raise KeyboardInterrupt("half was sent") from KeyboardInterrupt()
+    assert explain_error(caught.value, keeps_output=True) == ("interrupted: half was sent", 130)
+
+
 def test_an_interrupt_before_a_command_begins_shows_no_traceback():
     before = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
     result = run("--help", before=before, after="assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL")
