@@ -26,6 +26,7 @@ from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.store_output import merge_to_store, to_store
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
+from moemerge.file_kinds import FOLDERS, what_is
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -167,7 +168,7 @@ def _place_check(
         check_place = partial(
             check_gguf, out, output.type, [request.config], output.llama_cpp, overwrite=output.overwrite
         )
-    check_place(request.local_models() if out.is_dir() else [])
+    check_place(request.local_models() if what_is(out) in FOLDERS else [])
 
     def approve(sources: "Sequence[ModelFolder]") -> None:
         check_place([folder for source in sources for folder in source.folders])

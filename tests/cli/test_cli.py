@@ -332,6 +332,12 @@ def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
     )
 
 
+def test_an_output_whose_name_is_too_long_is_refused(tmp_path, plain, here):
+    out = tmp_path / ("x" * 300)
+    said = f"error: {out}: cannot be looked up: File name too long. Choose another output folder.\n"
+    assert here(plain, out) == here(plain, out, "--resume") == (2, "", said)
+
+
 def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
     assert here(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB")[0] == 0
     code, _, errors = here(plain, tmp_path / "out")
