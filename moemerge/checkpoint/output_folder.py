@@ -73,6 +73,14 @@ def check_target(
     check_writable(out)
 
 
+def nothing_to_resume(out: object) -> RefusedError:
+    """The error for `--resume` where a merge has ended; `out` is the folder, or its address in a store."""
+    return RefusedError(
+        f"{out}: holds a complete merge, so there is nothing to resume. `moemerge verify {out}` checks it; --overwrite "
+        "merges again and replaces it."
+    )
+
+
 def check_scratch(out: Path, sources: Collection[Path]) -> None:
     """Refuse a folder that cannot be written beside for a while; it may hold anything, but lie within no source.
 

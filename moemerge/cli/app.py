@@ -18,7 +18,7 @@ from moemerge.cli.gguf import write_file
 from moemerge.cli.help_pages import MERGE, Command, Commands
 from moemerge.cli.legacy import translate
 from moemerge.cli.merging import merge_models
-from moemerge.cli.mistakes import explain_usage, unknown_command
+from moemerge.cli.mistakes import explain_usage, relative_address, unknown_command
 from moemerge.cli.planning import show_plan
 from moemerge.cli.pruning import prune_mixture
 from moemerge.cli.publishing import push
@@ -105,7 +105,8 @@ def main() -> None:
     with guarded_streams() as (out, _):
         code = 0
         try:
-            if problem := unknown_command(arguments, names):
+            problem = relative_address(arguments) if word == MERGE else None
+            if problem := problem or unknown_command(arguments, names):
                 say(f"error: {problem}", error=True)
                 sys.exit(2)
             _run(arguments if word != MERGE else _translated(arguments))

@@ -133,7 +133,8 @@ def return_freed_memory(smallest: int = 2**24) -> None:
 
 def explain_error(error: BaseException, *, keeps_output: bool = False) -> tuple[str, int]:
     """Give the message for the user and the exit code for an exception that a command raised; see `console_session`."""
-    if isinstance(error.__cause__, KeyboardInterrupt):  # which pydantic wraps where it meets one
+    # pydantic wraps one that it meets; an interrupt that is raised from another says more.
+    if isinstance(error.__cause__, KeyboardInterrupt) and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__
     if isinstance(error, MoemergeError):
         return f"error: {error}", error.exit_code

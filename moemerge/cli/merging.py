@@ -26,6 +26,7 @@ from moemerge.cli.publishing import PlannedPush
 from moemerge.cli.store_output import merge_to_store, to_store
 from moemerge.cli.streams import say
 from moemerge.errors import BusyError, RefusedError
+from moemerge.file_kinds import FOLDERS, what_is
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,8 @@ Out = Annotated[
     typer.Argument(
         metavar="OUT",
         show_default=False,
-        help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf, or s3://BUCKET/PATH.",
+        help="The folder to write; it must be empty or absent. Or one GGUF file, NAME.gguf, or "
+        "s3://BUCKET/PATH or gs://BUCKET/PATH, in an object store.",
     ),
 ]
 
@@ -160,13 +162,13 @@ def _place_check(
     check_options(to_file, output.type, output.llama_cpp, folders_only)
     check_processes(output.ray, output.workers)
     check_place: Callable[[list[Path]], None] = partial(
-        _check_folder, out, [request.config], overwrite=output.overwrite, streaming=push.push_streaming
+        _check_folder, out, [request.config], output, streaming=push.push_streaming
     )
     if to_file:
         check_place = partial(
             check_gguf, out, output.type, [request.config], output.llama_cpp, overwrite=output.overwrite
         )
-    check_place(request.local_models() if out.is_dir() else [])
+    check_place(request.local_models() if what_is(out) in FOLDERS else [])
 
     def approve(sources: "Sequence[ModelFolder]") -> None:
         check_place([folder for source in sources for folder in source.folders])
@@ -223,15 +225,20 @@ def _merge(
     return report
 
 
-def _check_folder(out: Path, inputs: list[Path], sources: list[Path], *, overwrite: bool, streaming: bool) -> None:
+def _check_folder(
+    out: Path, inputs: list[Path], output: OutputOptions, sources: list[Path], *, streaming: bool
+) -> None:
     """Refuse a folder that a merge could not write, or not keep shards beside; before weights are downloaded."""
-    from moemerge.checkpoint.output_folder import check_scratch, check_target
-    from moemerge.merging.overwriting import replaceable_files
+    from moemerge.checkpoint.output_folder import check_scratch, check_target, nothing_to_resume
+    from moemerge.checkpoint.staging import kept_shards
+    from moemerge.merging.overwriting import is_merge, replaceable_files
 
     if streaming:
         check_scratch(out, sources)
-    else:
-        check_target(out, sources, inputs=inputs, replaceable=replaceable_files if overwrite else None)
+        return
+    if output.resume and not output.overwrite and is_merge(out) and not kept_shards(out):
+        raise nothing_to_resume(out)
+    check_target(out, sources, inputs=inputs, replaceable=replaceable_files if output.overwrite else None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from moemerge.cli.help_pages import MERGE
 from moemerge.cli.usage_errors import NoArgsIsHelpError
-from moemerge.config.mistaken import HOW_TO_BEGIN, configs_in
+from moemerge.config.mistaken import HOW_TO_BEGIN, configs_in, elsewhere
 from moemerge.errors import RefusedError
 from moemerge.file_kinds import FOLDERS, YAML_SUFFIXES, Kind, what_is
 
@@ -37,6 +37,16 @@ def unknown_command(arguments: Sequence[str], names: Sequence[str]) -> str | Non
     if len(arguments) == 1 and re.fullmatch(r"[\w-]+", word):
         return f"{word}: {_NO_COMMAND}. `moemerge --help` lists the commands."
     return None
+
+
+def relative_address(arguments: Sequence[str]) -> str | None:
+    """Say of an argument `file://PATH` that its path is not absolute, which a `Path` of it no longer shows."""
+    found = next((word for word in arguments if re.match("file://[^/]", word)), None)
+    if found is None:
+        return None
+    from moemerge.sources.reference import wrong_address
+
+    return wrong_address(found)
 
 
 def explain_usage(error: Any) -> str:
@@ -135,6 +145,8 @@ def _may_be_model(name: str) -> bool:
 
 def _absent(config: Path) -> str:
     """Say that there is no such file, with the nearest config in its folder."""
+    if address := elsewhere(config):
+        return address
     if what_is(config.parent) not in FOLDERS:
         return f"{config}: there is no such file, and no folder {config.parent}."
     configs = [path.name for path in configs_in(config.parent)]

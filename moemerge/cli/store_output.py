@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 
 def to_store(out: Path) -> bool:
-    """Whether a merge's output is in an object store, by its name."""
-    from moemerge.sources.reference import location_of
+    """Whether a merge's output is in an object store, by its name.
 
+    Raises:
+        RefusedError: it is an address of another kind.
+    """
+    from moemerge.sources.reference import location_of, wrong_address
+
+    if wrong := wrong_address(out):
+        raise RefusedError(wrong)
     return location_of(out) is not None
 
 
@@ -92,8 +98,9 @@ def _hint_at_resume(console: "Console", target: "StoreOutput") -> Iterator[None]
                 f"{target.shards} complete shards are in the store: --resume continues from them, a run without it "
                 "starts over."
             )
-        if isinstance(error, KeyboardInterrupt) and not error.args:
-            raise KeyboardInterrupt(f"{target.location} is not complete; what was sent stays there") from error
+        if isinstance(error, KeyboardInterrupt) and not error.args and (target.shards or target.began):
+            command = "the same command with --resume" if target.shards else "the same command"
+            raise KeyboardInterrupt(f"nothing takes {target.location} for a model until {command} has ended") from error
         raise
 
 
@@ -109,7 +116,7 @@ def _plan(
     from moemerge.planning.options import PlanOptions
 
     def approve(sources: "Sequence[ModelFolder]") -> None:
-        target.check(sources, overwrite=output.overwrite)
+        target.check(sources, overwrite=output.overwrite, resume=output.resume)
 
     approve([])  # before models are looked up
     options = PlanOptions(

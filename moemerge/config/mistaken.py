@@ -1,5 +1,6 @@
 """Say what was given in place of a merge config: a folder, a model's file, or the config of another program."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,17 +31,29 @@ _DOCUMENTS: Final[tuple[tuple[frozenset[str], str], ...]] = (
         f"as experts: {HOW_TO_BEGIN} from their names.",
     ),
 )
+# A `Path` of an address has one slash.
+_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9]+):/+(.+)", re.DOTALL)
 _LEAST_ALIKE: Final = 0.7
 
 
 def mistaken_path(path: Path) -> str | None:
     """Say why a path leads to no text that could be a config; None if it may lead to one, or to nothing."""
     kind = what_is(path)
+    if kind is Kind.ABSENT:
+        return elsewhere(path)
     configs = configs_in(path) if kind in FOLDERS else []
     if configs:
         hint = f"Did you mean {configs[0]}?" if len(configs) == 1 else f"Name one of its files, such as {configs[0]}."
         return f"{path}: is a folder, where a merge config is expected. {hint}"
     return f"{path}: {kind.value}{_NEXT[kind]}" if kind in _NEXT else None
+
+
+def elsewhere(path: Path) -> str | None:
+    """Say of the address of a config, such as `s3://bucket/merge.yaml`, that it cannot be read; None for a path."""
+    match = _ADDRESS.fullmatch(str(path))
+    if match is None:
+        return None
+    return f"{match[1]}://{match[2]}: a config is read from this machine. Copy it here, and name the copy."
 
 
 def configs_in(folder: Path) -> list[Path]:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from moemerge.checkpoint.journal import Journal
 from moemerge.checkpoint.staging import journal_of
-from moemerge.errors import CheckpointError
+from moemerge.errors import CheckpointError, RefusedError
 from moemerge.merging.destinations import Destination, Folder, Unfinished
 from moemerge.merging.merge_work import Tally, Work
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.fingerprint import CHOSEN, plan_fingerprint
 from moemerge.planning.plan import MergePlan
 from moemerge.progress import Progress
-from moemerge.sources.reference import location_of
+from moemerge.sources.reference import location_of, wrong_address
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -76,7 +76,13 @@ def merge(
 
 
 def _destination(place: Path | str, announce: Callable[[str], None]) -> Destination:
-    """The folder, or the place in an object store, that a text names."""
+    """The folder, or the place in an object store, that a text names.
+
+    Raises:
+        RefusedError: it is an address of another kind.
+    """
+    if wrong := wrong_address(place):
+        raise RefusedError(wrong)
     if location := location_of(place):
         from moemerge.merging.store import Store, scratch_for  # imports the Hub's client
         from moemerge.publish.store import StoreOutput

@@ -8,10 +8,16 @@ from typing import Final
 from moemerge.checkpoint.index import SAFETENSORS_INDEX, SINGLE_SAFETENSORS, read_json, read_weight_map
 from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import CheckpointError
+from moemerge.file_kinds import Kind, what_is
 from moemerge.planning.tokenizer_files import COPIED_FILES, template_names
 
 # Where it is not known yet which of them.
 _SHARD: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def is_merge(folder: Path) -> bool:
+    """Whether a folder holds a complete model that moemerge has made, by its copy of the config."""
+    return what_is(folder) is Kind.MODEL and (folder / CONFIG_COPY).is_file()
 
 
 def replaceable_files(folder: Path, written: Collection[str] | None = None) -> set[str] | None:

@@ -43,7 +43,7 @@ class Store(Streamed):
         super().check(plan, options, made_bytes)
 
     def _check_place(self, plan: MergePlan, options: MergeOptions) -> None:
-        self.output.check(plan.sources, overwrite=options.overwrite, written=plan.file_names)
+        self.output.check(plan.sources, overwrite=options.overwrite, resume=options.resume, written=plan.file_names)
 
     @contextmanager
     def staged(self, plan: MergePlan, options: MergeOptions) -> Iterator[Path]:

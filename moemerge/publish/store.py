@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.checkpoint.index import SAFETENSORS_INDEX
+from moemerge.checkpoint.output_folder import nothing_to_resume
 from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import OutputError, RefusedError
 from moemerge.planning.tokenizer_files import COPIED_FILES, template_names
@@ -57,6 +58,8 @@ class StoreOutput:
         if location.gguf:
             raise RefusedError(f"{location}: a GGUF file is written on this machine. Name a file here, and copy it.")
         self.location, self._announce = location, announce
+        self.began = False
+        """Whether this merge has removed what was there, to send its own."""
         self.look()
 
     def look(self) -> None:
@@ -90,7 +93,14 @@ class StoreOutput:
         """The number of shards that an unfinished merge has sent."""
         return len(self._sent)
 
-    def check(self, sources: Iterable[ModelFolder], *, overwrite: bool, written: Collection[str] = ()) -> None:
+    def check(
+        self,
+        sources: Iterable[ModelFolder],
+        *,
+        overwrite: bool,
+        resume: bool = False,
+        written: Collection[str] = (),
+    ) -> None:
         """Refuse a folder in which something would be lost; changes nothing.
 
         What an unfinished merge has sent may be replaced. Other objects may be only with `overwrite`, and only those
@@ -99,6 +109,7 @@ class StoreOutput:
         Args:
             sources: the models that are read.
             overwrite: whether a model that is there may be replaced.
+            resume: whether an unfinished merge is expected there.
             written: names of the files that the merge will write, as far as they are known.
 
         Raises:
@@ -113,6 +124,8 @@ class StoreOutput:
         if not names:
             return
         unfinished = self._began and COMPLETE not in names
+        if resume and not overwrite and COMPLETE in names:
+            raise nothing_to_resume(self.location)
         if not (unfinished or overwrite):
             raise RefusedError(
                 f"{self.location}: is not empty ({len(names)} objects, among them {min(names)!r}). Choose another "
@@ -158,7 +171,7 @@ class StoreOutput:
                 f"{self.location}/{changed[0]}: is new, or was changed, since this merge began. Look who else writes "
                 "there, and merge again."
             )
-        self._sent = {name: self._sent[name] for name in kept}
+        self._sent, self.began = {name: self._sent[name] for name in kept}, True
         self.note(journal)
         gone = [name for name in now if name not in kept and name != UNFINISHED]
         for name in sorted(gone, key=lambda name: (name != COMPLETE, name not in _SEALS)):

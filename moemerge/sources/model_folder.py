@@ -14,7 +14,15 @@ from moemerge.sources.local import is_snapshot, resolve_file
 from moemerge.sources.lora import CONFIG as ADAPTER_CONFIG
 from moemerge.sources.lora import WEIGHTS as ADAPTER_WEIGHTS
 from moemerge.sources.lora import Adapter, open_adapter
-from moemerge.sources.reference import Location, Reference, location_of, parse_reference, split_adapter, split_expert
+from moemerge.sources.reference import (
+    Location,
+    Reference,
+    location_of,
+    parse_reference,
+    split_adapter,
+    split_expert,
+    wrong_address,
+)
 from moemerge.sources.text_models import read_text_config
 from moemerge.sources.wrong_names import check_merged_folder, no_model
 
@@ -159,6 +167,8 @@ def open_merged(out: Path | str, *, in_stores: bool = False) -> ModelFolder:
         SourceError: there is no such folder, or no checkpoint in it.
         CheckpointError: its `config.json` is damaged.
     """
+    if (wrong := wrong_address(out)) and not Path(out).is_dir():
+        raise NoSuchModelError(wrong)
     if location := location_of(out):
         if not in_stores:
             raise RefusedError(f"{location}: is in an object store. Copy the model to a folder here, and name that.")

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,10 @@ class Reference:
 STORES: Final = {"s3": "s3fs", "gs": "gcsfs", "file": ""}
 """Kinds of object stores by what their addresses begin with, and the package that each of them needs."""
 _STORE: Final = re.compile(rf"({'|'.join(STORES)}):/+(.*)", re.DOTALL)
+_ADDRESS: Final = re.compile(r"(.*/)?([A-Za-z][A-Za-z0-9]+):(?:/+(.*))?", re.DOTALL)
+_RELATIVE: Final = re.compile(r"file://[^/].*", re.DOTALL)
+_LEAST_ALIKE: Final = 0.5
+_WEB: Final = ("hf:", "http:", "https:")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,29 @@ def location_of(text: Path | str) -> Location | None:
     return Location(match[1], folder, name) if folder and name.lower().endswith(".gguf") else Location(match[1], path)
 
 
+def wrong_address(text: Path | str) -> str | None:
+    """Say why a text that looks like an address is none that moemerge reads and writes; None for any other text.
+
+    Of a `Path` it is not seen that the path of a `file://` was relative, since it has only one of its two slashes.
+    """
+    if _RELATIVE.fullmatch(str(text)):
+        return f"{text}: file:// takes an absolute path: file:///PATH."
+    match = _ADDRESS.fullmatch(str(text))
+    if match is None or location_of(text):
+        return None
+    before, kind, rest = match.groups()
+    if before:
+        meant = location_of(f"{kind}:/{rest}") if rest and not _is_folder(f"{before}{kind}:") else None
+        return f"{before}{kind}://{rest}: an address begins with {kind}://. Did you mean {meant}?" if meant else None
+    if kind in STORES:
+        return f"{kind}://: names no folder. Write {'file:///PATH' if kind == 'file' else f'{kind}://BUCKET/PATH'}."
+    if rest is None:
+        return None
+    near = get_close_matches(kind.lower(), STORES, n=1, cutoff=_LEAST_ALIKE)
+    hint = f" Did you mean {near[0]}://?" if near else ""
+    return f"{kind}://{rest}: moemerge reads and writes s3://, gs:// and file:///, not {kind}://.{hint}"
+
+
 def parse_reference(text: str) -> Path | Reference | Location:
     """Parse a reference: an object store, else a folder or GGUF file if one of that name exists, else a Hub repository.
 
@@ -71,6 +99,8 @@ def parse_reference(text: str) -> Path | Reference | Location:
     """
     if expert := split_expert(text):
         return parse_reference(expert[0])
+    if (wrong := wrong_address(text)) and not _is_folder(text):
+        raise NoSuchModelError(wrong + (" A model on the Hub is written user/name." if text.startswith(_WEB) else ""))
     if location := location_of(text):
         return location
     try:
@@ -84,6 +114,10 @@ def parse_reference(text: str) -> Path | Reference | Location:
     except (OSError, RuntimeError) as error:  # RuntimeError: the home of a user that there is not
         kind = SourceError if isinstance(error, PermissionError) else NoSuchModelError
         raise kind(f"{text}: cannot be looked up: {getattr(error, 'strerror', None) or error}.") from error
+    return _repository(text)
+
+
+def _repository(text: str) -> Reference:
     if "/" not in text and Path(text).suffix.lower() in _FILES:
         raise NoSuchModelError(f"{text}: there is no such file.")
     whole, _, gguf = text.partition(":")

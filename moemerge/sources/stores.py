@@ -38,6 +38,13 @@ _ON_THE_WAY: Final = frozenset(
 _BUSY: Final = frozenset({errno.EBUSY, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO)})
 
 
+_NO_FOLDER: Final = {
+    errno.ENOENT: "the folder cannot be made there, or was removed",
+    errno.EEXIST: "is a file, not a folder",
+    errno.ENOTDIR: "lies in a file, not in a folder",
+}
+
+
 @dataclass(frozen=True)
 class Stored:
     """An object of a store, as it was listed."""
@@ -168,6 +175,8 @@ def _explain(error: Exception, location: Location) -> str:
         return f"there are no credentials for it ({said}). Set {_CREDENTIALS[location.kind]}."
     if isinstance(error, PermissionError):
         return f"access is denied ({said}). Check the credentials, and what they allow: {_CREDENTIALS[location.kind]}."
+    if location.kind == "file" and isinstance(error, OSError) and error.errno in _NO_FOLDER:
+        return f"{_NO_FOLDER[error.errno]} ({said}). Choose another folder."
     if isinstance(error, FileNotFoundError):
         bucket = location.path.partition("/")[0]
         return f"there is no bucket {bucket!r}, or it was removed. Check the name, and the address of the store."

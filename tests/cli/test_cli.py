@@ -332,6 +332,12 @@ def test_a_file_in_place_of_any_models_folder_is_called_one(config, here):
     )
 
 
+def test_an_output_whose_name_is_too_long_is_refused(tmp_path, plain, here):
+    out = tmp_path / ("x" * 300)
+    said = f"error: {out}: cannot be looked up: File name too long. Choose another output folder.\n"
+    assert here(plain, out) == here(plain, out, "--resume") == (2, "", said)
+
+
 def test_a_full_folder_is_refused_then_replaced_on_request(tmp_path, plain, here):
     assert here(plain, tmp_path / "out", "--quiet", "--max-shard-size", "20kB")[0] == 0
     code, _, errors = here(plain, tmp_path / "out")
@@ -555,6 +561,12 @@ def test_an_interrupt_that_pydantic_wraps_is_one():
     with pytest.raises(PydanticSerializationError) as caught:
         Interrupted().model_dump()
     assert explain_error(caught.value, keeps_output=True) == ("interrupted: the output is as it was before", 130)
+
+
+def test_an_interrupt_that_is_raised_from_another_keeps_its_message():
+    with pytest.raises(KeyboardInterrupt) as caught:
+        raise KeyboardInterrupt("half was sent") from KeyboardInterrupt()
+    assert explain_error(caught.value, keeps_output=True) == ("interrupted: half was sent", 130)
 
 
 def test_an_interrupt_before_a_command_begins_shows_no_traceback():

@@ -90,6 +90,11 @@ def test_a_store_holds_what_a_folder_would_and_a_last_object_that_lists_it(place
         f"error: {place.url}: is not empty ({len(files) + 1} objects, among them 'README.md'). Choose another address, "
         "or replace what is there with --overwrite.\n",
     )
+    assert run(config, place.url, "--resume")[::2] == (
+        2,
+        f"error: {place.url}: holds a complete merge, so there is nothing to resume. `moemerge verify {place.url}` "
+        "checks it; --overwrite merges again and replaces it.\n",
+    )
     place.write("results.csv", b"of somebody")
     assert run(config, place.url, "--overwrite")[::2] == (
         2,
@@ -220,6 +225,7 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
         "{}: is an address, and this writes to a folder on this machine. Name a folder, and copy it there; only merges "
         "of dense models write to object stores, as to s3://BUCKET/PATH."
     )
+    neither = "moemerge reads and writes s3://, gs:// and file:///, not {}://."
     refusals = {
         (
             config,
@@ -238,8 +244,20 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
             "--keep-states",
             "s3://bucket/kept",
         ): "--keep-states: s3://bucket/kept is in an object store. Name a folder on this machine.",
-        (config, "s3://"): no_address.format("s3://"),
-        (config, "S3://bucket/out"): no_address.format("S3://bucket/out"),
+        (config, "s3://"): "s3://: names no folder. Write s3://BUCKET/PATH.",
+        (config, "S3://bucket/out"): f"S3://bucket/out: {neither.format('S3')} Did you mean s3://?",
+        (config, "az://c/out.gguf"): f"az://c/out.gguf: {neither.format('az')}",
+        (config, "folder/s3://bucket/out"): "folder/s3://bucket/out: an address begins with s3://. Did you mean "
+        "s3://bucket/out?",
+        (config, "file://out"): "file://out: file:// takes an absolute path: file:///PATH.",
+        (
+            config,
+            mixture,
+            "--resume",
+        ): f"{mixture}: holds a complete merge, so there is nothing to resume. `moemerge verify "
+        f"{mixture}` checks it; --overwrite merges again and replaces it.",
+        ("plan", "s3://bucket/merge.yaml"): "s3://bucket/merge.yaml: a config is read from this machine. Copy it here, "
+        "and name the copy.",
         (
             edit,
             f"{store}/out",
@@ -262,6 +280,52 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
         )
     assert sorted(path.name for path in llamas[1].iterdir()) == held
     assert not (tmp_path / "store").exists()
+    with pytest.raises(RefusedError, match=r"^file://out: file:// takes an absolute path: file:///PATH\.$"):
+        merge(plan_merge(load_config(config)), "file://out")
+
+
+def test_a_folder_that_cannot_be_made_is_no_bucket(tmp_path, config, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "file").write_text("kept")
+    beginnings = {
+        tmp_path / "file": "is a file, not a folder ([Errno 17] File exists",
+        tmp_path / "file" / "out": "lies in a file, not in a folder ([Errno 20] Not a directory",
+    }
+    for folder, said in beginnings.items():
+        assert run(config, folder.as_uri(), "--quiet") == (
+            1, "", f"error: {folder.as_uri()}: {said}: '{folder}'). Choose another folder.\n"
+        )  # fmt: skip
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_interrupted_merge_does_not_claim_that_nothing_changed(place, config, run, monkeypatch):
+    send, sent = StoreOutput.send, []
+
+    def stop_at_third(self, path, name=None):
+        sent.append(path)
+        if len(sent) == 3:
+            raise KeyboardInterrupt
+        return send(self, path, name)
+
+    monkeypatch.setattr(StoreOutput, "send", stop_at_third)
+    assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
+        130,
+        "2 complete shards are in the store: --resume continues from them, a run without it starts over.\n"
+        f"interrupted: nothing takes {place.url} for a model until the same command with --resume has ended\n",
+    )
+    sent[:] = [None, None]  # the first shard of a merge that starts over
+    assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
+        130,
+        f"interrupted: nothing takes {place.url} for a model until the same command has ended\n",
+    )
+    monkeypatch.setattr(StoreOutput, "begin", stop_at_third)
+    sent[:] = [None, None]
+    place.fs.rm(place.path, recursive=True)
+    assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
+        130,
+        "interrupted: the output is as it was before\n",
+    )
+    assert place.files() == {}
 
 
 def test_a_model_that_another_merge_completes_meanwhile_stays(place, config, llamas):

@@ -140,6 +140,32 @@ def test_a_missing_package_is_named(monkeypatch, run):
     )
 
 
+def test_other_addresses_are_not_looked_up_on_the_hub(tmp_path, llamas, run):
+    neither = "moemerge reads and writes s3://, gs:// and file:///, not {}://."
+    said = {
+        "az://container/model": neither.format("az"),
+        "s4://bucket/model": f"{neither.format('s4')} Did you mean s3://?",
+        "https://host/model": f"{neither.format('https')} A model on the Hub is written user/name.",
+        "file://model": "file:// takes an absolute path: file:///PATH.",
+        "folder/s3://bucket/model": "an address begins with s3://. Did you mean s3://bucket/model?",
+    }
+    for address, message in said.items():
+        assert run("inspect", address) == (2, "", f"error: {address}: {message}\n")
+        config = write_config(tmp_path / "merge.yaml", llamas[0], [llamas[1], address])
+        assert run("plan", config, "--quiet")[::2] == (
+            2,
+            f"error: {config}: 1 problem:\n  - line {line_of(config, address)}: experts[1].source_model: {address}: "
+            f"{message}\n",
+        )
+    assert run("verify", "az://container/model") == (
+        2, "", f"error: az://container/model: {said['az://container/model']}\n"
+    )  # fmt: skip
+
+
+def line_of(config, text):
+    return next(number for number, line in enumerate(config.read_text().splitlines(), 1) if text in line)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
