@@ -152,11 +152,9 @@ def test_other_addresses_are_not_looked_up_on_the_hub(tmp_path, llamas, run):
     for address, message in said.items():
         assert run("inspect", address) == (2, "", f"error: {address}: {message}\n")
         config = write_config(tmp_path / "merge.yaml", llamas[0], [llamas[1], address])
-        assert run("plan", config, "--quiet")[::2] == (
-            2,
-            f"error: {config}: 1 problem:\n  - line {line_of(config, address)}: experts[1].source_model: {address}: "
-            f"{message}\n",
-        )
+        code, _, printed = run("plan", config, "--quiet")
+        problem = f"line {line_of(config, address)}: experts[1].source_model: {address}: {message}"
+        assert (code, printed.partition("merge.yaml: ")[2]) == (2, f"1 problem:\n  - {problem}\n")
     assert run("verify", "az://container/model") == (
         2, "", f"error: az://container/model: {said['az://container/model']}\n"
     )  # fmt: skip
