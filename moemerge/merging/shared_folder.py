@@ -1,49 +1,29 @@
 """A folder that processes of a Ray cluster write, on one machine or on several that share a disk."""
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moemerge.checkpoint.copy import Report
 from moemerge.checkpoint.jobs import JobPool
 from moemerge.checkpoint.journal import holds
 from moemerge.errors import OutputError
-from moemerge.joining import ray_cluster
 from moemerge.merging.destinations import Folder, Unfinished
 from moemerge.merging.merge_work import Work, router_bands
-from moemerge.merging.options import MergeOptions
+from moemerge.merging.on_cluster import OnCluster
 from moemerge.merging.shard_jobs import FolderWorker, SharedStage, Surroundings, jobs_of
-from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
 
 
 @dataclass(frozen=True)
-class SharedFolder(Folder):
+class SharedFolder(OnCluster, Folder):
     """A folder on a disk that all machines of a Ray cluster see at its path, as they do all models.
 
     Each process takes the next shard when it has written one. This process makes the routers meanwhile, keeps the
     journal, and writes everything else.
     """
-
-    address: str = "local"
-    """`local` for processes on this machine, `auto` for a cluster that it belongs to, or a cluster's address."""
-    workers: int | None = None
-    """How many processes write shards; None for one on each machine."""
-
-    @contextmanager
-    def staged(self, plan: MergePlan, options: MergeOptions) -> Iterator[Path]:
-        """A context that is connected to the cluster; see `Folder.staged`.
-
-        Raises:
-            RefusedError: there is no such cluster, or Ray is not installed.
-        """
-        with ray_cluster(self.address, self.workers), super().staged(plan, options) as stage:
-            yield stage
 
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
         """Have the shards written while routers are computed, and then write those of the routers."""
@@ -54,13 +34,10 @@ class SharedFolder(Folder):
         arguments = (Surroundings.of(jobs), work.make_writer, stage)
 
         def deal(report: Report) -> None:
-            with ray_cluster(self.address, self.workers) as cluster:
-                count = self.workers or cluster.machines
-                done = cluster.dealt(FolderWorker, arguments, jobs, count, partial(report, 0))
-                with closing(done):
-                    for job, _ in done:
-                        shards.journal.record(job.shard)
-                        shards.tally.weights(job.shard.tensor_bytes)
+            with self.dealt(FolderWorker, arguments, jobs, partial(report, 0)) as done:
+                for job, _ in done:
+                    shards.journal.record(job.shard)
+                    shards.tally.weights(job.shard.tensor_bytes)
 
         try:
             with JobPool(lambda _: None, 1) as pool:

@@ -1,8 +1,7 @@
 """A repository on the Hub that processes of a Ray cluster send shards to, from machines that share nothing."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from moemerge.checkpoint.writer import ShardWriter
 from moemerge.errors import MoemergeError, RefusedError
-from moemerge.joining import ray_cluster
 from moemerge.merging.destinations import Hub, Unfinished
 from moemerge.merging.merge_work import Work, router_bands
-from moemerge.merging.options import MergeOptions
+from moemerge.merging.on_cluster import OnCluster
 from moemerge.merging.shard_jobs import ShardJob, ShardWorker, Surroundings, jobs_of
-from moemerge.planning.plan import MergePlan
 
 if TYPE_CHECKING:
     from moemerge.publish.publisher import Publisher
@@ -47,26 +44,11 @@ class HubWorker(ShardWorker):
 
 
 @dataclass(frozen=True)
-class SharedHub(Hub):
+class SharedHub(OnCluster, Hub):
     """A repository on the Hub: each process makes a shard, sends it and removes it, while others do the same.
 
     This process makes the routers first, then commits what was sent, and sends everything else.
     """
-
-    address: str = "local"
-    """`local` for processes on this machine, `auto` for a cluster that it belongs to, or a cluster's address."""
-    workers: int | None = None
-    """How many processes make shards; None for one on each machine."""
-
-    @contextmanager
-    def staged(self, plan: MergePlan, options: MergeOptions) -> Iterator[Path]:
-        """A context that is connected to the cluster; see `Hub.staged`.
-
-        Raises:
-            RefusedError: there is no such cluster, or Ray is not installed.
-        """
-        with ray_cluster(self.address, self.workers), super().staged(plan, options) as stage:
-            yield stage
 
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
         """Compute the routers, have the other shards sent, and send those of the routers."""
@@ -75,12 +57,9 @@ class SharedHub(Hub):
         self.publisher.begin_streaming()
         jobs = list(jobs_of(plan, [shard for shard in plan.shards_without_routers if shard.name not in shards.kept]))
         arguments = (Surroundings.of(jobs), work.make_writer, self.publisher)
-        with ray_cluster(self.address, self.workers) as cluster:
-            count = self.workers or cluster.machines
-            done = cluster.dealt(HubWorker, arguments, jobs, count, partial(tally.weights, 0))
-            with closing(done):
-                for job, sent in done:
-                    shards.journal.record(job.shard, self.publisher.add(sent))
-                    tally.weights(job.shard.tensor_bytes)
+        with self.dealt(HubWorker, arguments, jobs, partial(tally.weights, 0)) as done:
+            for job, sent in done:
+                shards.journal.record(job.shard, self.publisher.add(sent))
+                tally.weights(job.shard.tensor_bytes)
         self.write_and_send(work, shards, router_bands(plan, routers))
         return routers.report
