@@ -124,15 +124,15 @@ def devices_option(runs: str) -> Any:
 
 
 Devices = Annotated[str, devices_option("Device that runs the model")]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        show_default=False,
-        help="Share the text out to processes of a Ray cluster: local begins some on this machine, auto finds the "
-        "cluster that it belongs to.",
-    ),
-]
+
+
+def ray_option(what: str) -> Any:
+    """The option for a Ray cluster; `what` is done in its processes."""
+    where = "local begins some on this machine, auto finds the cluster that it belongs to"
+    return typer.Option(metavar="ADDRESS", show_default=False, help=f"{what}: {where}.")
+
+
+Ray = Annotated[str | None, ray_option("Share the text out to processes of a Ray cluster")]
 Workers = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one for each GPU, or CPU]"),

@@ -23,6 +23,7 @@ from moemerge.cli.options import (
     check_processes,
     named_roles,
     one_of,
+    ray_option,
 )
 from moemerge.cli.streams import say
 from moemerge.errors import OutputError, RefusedError
@@ -73,15 +74,7 @@ class SearchOptions:
             help="Keep router inputs of the base model here, for the next search or merge.",
         ),
     ] = None
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="Try recipes in processes of a Ray cluster: local begins some on this machine, auto finds the cluster "
-            "that it belongs to.",
-        ),
-    ] = None
+    ray: Annotated[str | None, ray_option("Try recipes in processes of a Ray cluster")] = None
     workers: Workers = None
 
 

@@ -8,18 +8,7 @@ from typing import Any
 
 from moemerge.cluster import Cluster
 from moemerge.errors import MoemergeError
-
-
-class RayError(Exception):
-    """As of Ray: a process is gone."""
-
-
-class RayTaskError(RayError):
-    """As of Ray: a method raised."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(f"task: {cause}")
-        self.cause = cause
+from tests.support.stand_in_ray import RayError, RayTaskError
 
 
 class RayHere:
