@@ -18,7 +18,6 @@ from moemerge.cli.options import (
     PushStreaming,
     Revision,
     ShardSize,
-    check_processes,
     devices_option,
 )
 from moemerge.errors import RefusedError
@@ -138,10 +137,8 @@ def merge_options(out: Path, output: OutputOptions, reading: ReadingOptions, rou
         from moemerge.routers.kept_folder import check_kept_states
 
         check_kept_states(routers.keep_states, out)
-    if routers.share_text:
-        if output.ray is None:
-            raise RefusedError("--share-text: needs --ray. Add `--ray local` for processes on this machine.")
-        check_processes(output.ray, output.workers, routers.device)
+    if routers.share_text and output.ray is None:
+        raise RefusedError("--share-text: needs --ray. Add `--ray local` for processes on this machine.")
     return MergeOptions(
         overwrite=output.overwrite,
         resume=output.resume,

@@ -111,7 +111,7 @@ def carry_out(
         )
         return
     # Before a plan may download weights.
-    approve = _place_check(request, out, output, push, planned_push)
+    approve = _place_check(request, out, output, push, planned_push, routers=routers)
     options = merge_options(out, output, reading, routers)
     return_freed_memory()
     plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
@@ -148,7 +148,13 @@ def _request(config: Path, output: OutputOptions, models: ModelOptions) -> PlanR
 
 
 def _place_check(
-    request: PlanRequest, out: Path, output: OutputOptions, push: PushOptions, planned_push: PlannedPush
+    request: PlanRequest,
+    out: Path,
+    output: OutputOptions,
+    push: PushOptions,
+    planned_push: PlannedPush,
+    *,
+    routers: RouterOptions,
 ) -> "Callable[[Sequence[ModelFolder]], None]":
     """Refuse an output that could not be written; returns a check of the same for a merge whose models are known."""
     to_file = is_gguf(out)
@@ -160,7 +166,7 @@ def _place_check(
         "--out-shard-size": output.out_shard_size is not None,
     }
     check_options(to_file, output.type, output.llama_cpp, folders_only)
-    check_processes(output.ray, output.workers)
+    check_processes(output.ray, output.workers, routers.device if routers.share_text else "auto")
     check_place: Callable[[list[Path]], None] = partial(
         _check_folder, out, [request.config], output, streaming=push.push_streaming
     )
