@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ class TextReader:
     """The most tokens in a window."""
     roles: Sequence[str] = COUNTED_ROLES
     """Whose messages of chats count."""
+    first: Sequence[int] = ()
+    """The most tokens in each of a domain's first windows, where that is less."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,15 @@ class Texts:
             RefusedError: a domain's name is nearly that of an expert, or it has nothing to predict.
         """
         _check_names(documents, reader.experts)
-        encode, tokens, length = by_transformers(reader.folder, roles=reader.roles), reader.tokens, reader.length
-        cut = [
-            [window for window in cut_windows(texts, encode, tokens=tokens, length=length) if any(window.scored)]
-            for texts in documents.values()
-        ]
-        for name, windows in zip(documents, cut, strict=True):
+        cut = partial(
+            cut_windows,
+            encode=by_transformers(reader.folder, roles=reader.roles),
+            tokens=reader.tokens,
+            length=reader.length,
+            first=reader.first,
+        )
+        found = [[window for window in cut(texts) if any(window.scored)] for texts in documents.values()]
+        for name, windows in zip(documents, found, strict=True):
             if not windows:
                 raise RefusedError(f"--data {name}=: its documents have no token that another one precedes.")
         experts = [reader.experts.index(name) if name in reader.experts else None for name in documents]
@@ -79,8 +85,8 @@ class Texts:
             tuple(documents),
             tuple(experts),
             tuple(map(len, documents.values())),
-            tuple(window for part in cut for window in part),
-            tuple(place for place, part in enumerate(cut) for _ in part),
+            tuple(window for part in found for window in part),
+            tuple(place for place, part in enumerate(found) for _ in part),
         )
 
     def of(self, domain: int) -> list[int]:

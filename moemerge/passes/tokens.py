@@ -204,7 +204,14 @@ def counted_mask(special: Sequence[int]) -> tuple[bool, ...]:
 
 
 def cut_windows(
-    documents: Sequence[Document], encode: Encode, *, tokens: int, length: int, seed: int = 0, even: bool = False
+    documents: Sequence[Document],
+    encode: Encode,
+    *,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    even: bool = False,
+    first: Sequence[int] = (),
 ) -> list[Window]:
     """Cut windows from documents, one of each in every round, until there are enough tokens.
 
@@ -218,6 +225,7 @@ def cut_windows(
         length: the most tokens in a window, without those that the tokenizer adds.
         seed: decides which documents come first.
         even: whether windows are shortened so that every document has one, as long as they keep 64 tokens.
+        first: the most tokens in each of the first windows, where that is less.
     """
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)  # noqa: S311  no secret
@@ -232,11 +240,11 @@ def cut_windows(
     left, starts = tokens, [0] * len(encoded)
     while left > 0 and any(len(ids) > start for start, (_, _, ids, _) in zip(starts, encoded, strict=True)):
         for place, (document, added, ids, special) in enumerate(encoded):
-            start = starts[place]
+            start, most = starts[place], min([length, *first[len(windows) : len(windows) + 1]])
             # What a template puts before a chat's first message, such as a system prompt, takes nothing from it.
             before = min(special.index(0), longest) if not start and 0 in special else 0
-            end = min(start + length + before, start + longest, start + left + before)
-            starts[place] = start + min(length + before, longest)
+            end = min(start + most + before, start + longest, start + left + before)
+            starts[place] = start + min(most + before, longest)
             part, uncounted = ids[start:end], special[start:end]
             # The rest of a document may be too short to say anything.
             if uncounted.count(0) >= (_SHORTEST if start else 1):

@@ -74,7 +74,7 @@ def compute_routers(
         layers[inputs.layer] = _bytes(rows)
         if request.shared_gate:
             gates[inputs.layer] = _bytes(shared_gate_row(inputs).to(stored_dtype))
-        if set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
+        if asked.reported and set(inputs.expert[inputs.routed].tolist()) == set(range(len(config.experts))):
             routings.append(route_layer(rows.float(), inputs, asked, new.held_out))
         progress(task, done + inputs.layer + 1, total)
     return PassRouters(layers, gates, routings, asked.compute.dtype_name, kept_texts)
@@ -107,6 +107,7 @@ def _pass_request(request: RouterRequest, options: PassOptions, seed: int) -> Pa
         workers=options.workers,
         kept_states=options.kept_states,
         kept_fits=options.kept_fits,
+        reported=options.reported,
     )
 
 

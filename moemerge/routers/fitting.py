@@ -107,6 +107,8 @@ def _is_judged(layer: int, request: PassRequest) -> bool:
 
     That is every fourth layer, since each is fitted twice more for it; all, if experts are absent from some.
     """
+    if not request.reported:
+        return False
     place = request.mixture.moe_layers.index(layer)
     first = min(_JUDGED_EVERY // 2, len(request.mixture.moe_layers) - 1)
     return bool(request.mixture.absent) or place % _JUDGED_EVERY == first

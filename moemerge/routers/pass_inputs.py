@@ -42,6 +42,8 @@ class PassRequest:
     """Folder that keeps router inputs from one merge to the next."""
     kept_fits: Path | None = None
     """Folder that keeps rows that were fitted to labelled tokens."""
+    reported: bool = True
+    """Whether it is measured what rows do with the prompts."""
 
     def absent(self, layer: int) -> frozenset[int]:
         """Experts that are absent from a layer."""

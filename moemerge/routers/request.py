@@ -60,3 +60,5 @@ class PassOptions:
     """Folder that keeps the base model's router inputs from one merge to the next."""
     kept_fits: Path | None = None
     """Folder that keeps rows that were fitted to labelled tokens, before they are scaled."""
+    reported: bool = True
+    """Whether it is measured what routers do with the prompts; without it, their report has no layers."""

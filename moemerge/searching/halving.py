@@ -5,22 +5,50 @@ the best third of them on three times as much.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Final
 
 FACTOR: Final = 3
 """How many times as much text a recipe is tried on that goes on, and of how many recipes one does."""
 ROUNDS: Final = 4
 """How many sizes of text there are at most, of which the last is all of it."""
+SHORTEST: Final = 64
+"""Tokens of each domain that every recipe is tried on at least."""
 
 Score = tuple[float, float]
 """The objective, and the cost; both are to be small."""
 
 
-def growing(windows: int) -> list[range]:
-    """Divide the windows of a domain into rounds: the numbers of those that are new in each; the last may be none."""
-    ends = [min(windows, math.ceil(windows / FACTOR ** (ROUNDS - 1 - step))) for step in range(ROUNDS)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def first_windows(tokens: int, window: int) -> list[int]:
+    """Lengths of windows that all rounds but the last can end with, where so many tokens are read of a domain.
+
+    Args:
+        tokens: tokens that are read.
+        window: the most tokens in a window.
+    """
+    lengths: list[int] = []
+    for end in _ends(tokens)[:-1]:
+        left = max(0, end - sum(lengths))
+        count = math.ceil(left / window)
+        lengths += [left // count + (place < left % count) for place in range(count)]
+    return lengths
+
+
+def growing(lengths: Sequence[int]) -> list[range]:
+    """Divide the windows of a domain into rounds by their lengths: the numbers of those that are new in each.
+
+    Rounds end where the text is nearest to their part of it, and all have at least the first window.
+    """
+    until = list(accumulate(lengths))
+    counts = [1 + min(range(len(until)), key=lambda place: abs(until[place] - end)) for end in _ends(until[-1])]
+    return [range(start, end) for start, end in pairwise([0, *counts])]
+
+
+def _ends(tokens: int) -> list[int]:
+    """Tokens of a domain that each round has read at its end."""
+    parts = [math.ceil(tokens / FACTOR ** (ROUNDS - 1 - step)) for step in range(ROUNDS)]
+    return [min(tokens, max(SHORTEST, part)) for part in parts]
 
 
 def best_third(scores: Mapping[int, Score]) -> list[int]:

@@ -1,12 +1,12 @@
 """The windows of a search's text: of the part to search by, in rounds that grow, and of the part that is held out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moemerge.evaluation.domain_texts import TextReader, Texts
 from moemerge.passes.tokens import Window, count_scored
 from moemerge.searching.dividing import Documents
-from moemerge.searching.halving import growing
+from moemerge.searching.halving import first_windows, growing
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class SearchTexts:
     @classmethod
     def read_by(cls, reader: TextReader, searched: Documents, held_out: Documents) -> "SearchTexts":
         """Read both parts; see `Texts.read_by`."""
-        texts = Texts.read_by(reader, searched)
+        texts = Texts.read_by(replace(reader, first=first_windows(reader.tokens, reader.length)), searched)
         domains = [texts.of(domain) for domain in range(len(texts.domains))]
-        parts = zip(*(growing(len(windows)) for windows in domains), strict=True)
+        lengths = ([len(texts.windows[window].ids) for window in windows] for windows in domains)
+        parts = zip(*map(growing, lengths), strict=True)
         rounds = (
             tuple(windows[place] for windows, places in zip(domains, part, strict=True) for place in places)
             for part in parts

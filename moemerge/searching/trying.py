@@ -107,7 +107,8 @@ def bench(compute: Compute, options: PassOptions, progress: Progress) -> Iterato
     """A context with this process as the one worker; what it keeps is removed at the end, but given kept states."""
     with tempfile.TemporaryDirectory(prefix="moemerge-search-") as folder:
         states = options.kept_states or Path(folder) / "states"
-        yield Bench(compute, replace(options, kept_states=states, kept_fits=Path(folder) / "fits"), progress)
+        kept = replace(options, kept_states=states, kept_fits=Path(folder) / "fits", reported=False)
+        yield Bench(compute, kept, progress)
 
 
 _T = TypeVar("_T")
