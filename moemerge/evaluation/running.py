@@ -9,7 +9,7 @@ import torch
 from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.head import Head
 from moemerge.evaluation.runnable import MixtureModel, Runnable
-from moemerge.evaluation.text_pass import TextPass
+from moemerge.evaluation.text_pass import LoadedOnce, TextPass
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 
@@ -62,14 +62,15 @@ def run_together(
 ) -> list[torch.Tensor]:
     """Compute losses as `run_model` does, of models of equal depth, each with windows of its own.
 
-    All pass a layer before any passes the next one, so that what they share need be read only once.
+    All pass a layer before any passes the next one, so that what they share need be read and loaded only once.
     """
-    passes = [TextPass(model, windows, compute, _TOKENS) for model, windows in models]
+    passes, loaded = [TextPass(model, windows, compute, _TOKENS) for model, windows in models], LoadedOnce()
     layers = models[0][0].layers
     for index in range(layers):
         for passing in passes:
-            with passing.layer(index) as modules:
+            with passing.layer(index, loaded) as modules:
                 passing.run(index, modules)
+        loaded.forget()
         progress(index + 1, layers)
     losses = []
     for passing in passes:

@@ -14,7 +14,7 @@ from moemerge.families.layer_names import layer_prefix
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.decoder import before_layers, embed, empty_model, group, run_layer
 from moemerge.passes.finite import all_finite, not_finite_in, where_it_began
-from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory
+from moemerge.passes.loading import cast, check_complete, load_tensors, path_in_memory, paths_in_memory
 from moemerge.passes.sharing_out import shared_out
 from moemerge.passes.tokens import Window
 
@@ -57,9 +57,13 @@ class TextPass:
             progress(index + 1, self.model.layers)
 
     @contextmanager
-    def layer(self, index: int) -> Iterator[list[Any]]:
+    def layer(self, index: int, loaded: "LoadedOnce | None" = None) -> Iterator[list[Any]]:
         """A context with a layer's module on each device, which has its weights until the end."""
-        self.load({name: self._read(name) for name in self.model.names(index)})
+        names = self.model.names(index)
+        if loaded:
+            loaded.load(self, {name: self.model.read(name) for name in names})
+        else:
+            self.load_named(names)
         modules = [copy.model.layers[index] for copy in self.copies]
         check_complete(modules[0], layer_prefix(index).removesuffix("."))
         yield modules
@@ -146,6 +150,39 @@ class TextPass:
         """The error where numbers are finite before a part of the model, made of these tensors, and not after."""
         broken = next(filter(None, (not_finite_in(name, self.model.read(name)) for name in names)), None)
         return CheckpointError(f"{self.model.name}: its {where_it_began(place, broken, self.dtype)}.")
+
+
+class LoadedOnce:
+    """Loads layers of models that run together: parameters made of the very same tensors are made once, and shared."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, tuple[int, ...]], tuple[list[torch.Tensor], list[Any]]] = {}
+        """The tensors that a parameter was made of, and itself on each device, by its path and their addresses."""
+
+    def load(self, passing: TextPass, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give each copy of a pass's model the values of some tensors, in the dtype of the pass."""
+        parts: dict[str, list[str]] = {}
+        for name, path in paths_in_memory(passing.copies[0], tensors).items():
+            parts.setdefault(path, []).append(name)
+        keys = {path: (path, tuple(id(tensors[name]) for name in names)) for path, names in parts.items()}
+        new = [path for path, key in keys.items() if key not in self._held]
+        passing.load({name: cast(tensors[name], passing.dtype) for path in new for name in parts[path]})
+        for path in new:
+            made = [getattr(*_place(copy, path)) for copy in passing.copies]
+            self._held[keys[path]] = [tensors[name] for name in parts[path]], made
+        for path in parts.keys() - set(new):
+            for copy, parameter in zip(passing.copies, self._held[keys[path]][1], strict=True):
+                setattr(*_place(copy, path), parameter)
+
+    def forget(self) -> None:
+        """Free all parameters that no model uses."""
+        self._held.clear()
+
+
+def _place(whole: Any, path: str) -> tuple[Any, str]:
+    """Find the module of a model that has a parameter, and what it calls it."""
+    owner, _, own = path.rpartition(".")
+    return whole.get_submodule(owner), own
 
 
 def _owner(whole: Any, name: str) -> Any:

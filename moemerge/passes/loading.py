@@ -1,7 +1,7 @@
 """Load tensors with a checkpoint's names into a model of transformers, whatever it calls them in memory."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -65,17 +65,21 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def path_in_memory(model: PreTrainedModel, name: str) -> str:
-    """What a model calls the parameter that a tensor of its checkpoint is loaded into as it is."""
+    """What a model calls the parameter that a tensor of its checkpoint is loaded into."""
+    return paths_in_memory(model, [name])[name]
+
+
+def paths_in_memory(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What a model calls the parameters that tensors of its checkpoint are loaded into, by the tensors' names."""
     if find_spec("transformers.core_model_loading") is None:
-        return name
+        return {name: name for name in names}
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    path: str = rename_source_key(name, renamings, converters)[0]
-    return path
+    return {name: rename_source_key(name, renamings, converters)[0] for name in names}
 
 
 def check_complete(module: Any, path: str) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from moemerge.routers.kept_fits import KeptFits
+from moemerge.routers.kept_fits import hash_of, kept_rows
 from moemerge.routers.pass_inputs import LayerRows, PassRequest, RouterInputs
 from moemerge.routers.scaling import SHARPEST, calibrated_scale, finish_rows
 from moemerge.routers.scoring import fit_scale
@@ -41,6 +41,11 @@ class Labelled:
         numbers: torch.Tensor = kind
         return numbers
 
+    @cached_property
+    def contents(self) -> str:
+        """A value that any change of the tokens, their labels or the penalty changes."""
+        return hash_of((self.regularisation,), (self.states, self.targets, self.weights))
+
     def part(self, chosen: torch.Tensor) -> "Labelled":
         """Select tokens by a mask (token,), reweighted so that each target keeps its total weight.
 
@@ -62,18 +67,19 @@ class Fit:
     """A function from labelled tokens to rows (expert, hidden)."""
     given: tuple[torch.Tensor, ...] = ()
     """All that `solve` depends on beside the labelled tokens."""
+    kept: Path | None = None
+    """Folder that keeps rows; None for none."""
 
-    def kept_in(self, folder: Path | None) -> "Fit":
-        """The same method, whose rows are kept in a folder, if there is one."""
-        if folder is None:
-            return self
-        kept = KeptFits(folder)
+    def rows(self, data: Labelled, chosen: torch.Tensor | None = None) -> torch.Tensor:
+        """Make rows (expert, hidden) by all tokens, or by those of a mask (token,)."""
 
-        def solve(data: Labelled) -> torch.Tensor:
-            tensors = (data.states, data.targets, data.weights, *self.given)
-            return kept.rows(self.name, tensors, (data.regularisation,), lambda: self.solve(data))
+        def fit() -> torch.Tensor:
+            return self.solve(data if chosen is None else data.part(chosen))
 
-        return replace(self, solve=solve)
+        if self.kept is None:
+            return fit()
+        given = self.given if chosen is None else (*self.given, chosen)
+        return kept_rows(self.kept, hash_of((self.name, data.contents), given), fit)
 
 
 def fit_rows(inputs: RouterInputs, request: PassRequest, fit: Fit, *, calibrated: bool = True) -> LayerRows:
@@ -86,12 +92,12 @@ def fit_rows(inputs: RouterInputs, request: PassRequest, fit: Fit, *, calibrated
         calibrated: whether the scale is calibrated on held-out documents; without it, the scale is the method's own,
             but no sharper than a calibrated one may be.
     """
-    present, solve = request.present(inputs.layer), fit.kept_in(request.kept_fits).solve
+    present, fit = request.present(inputs.layer), replace(fit, kept=request.kept_fits)
     data, right, folds = _label(inputs, request, present)
-    rows = solve(data)
+    rows = fit.rows(data)
     judged = right >= 0
     states = data.states if judged.all() else data.states[judged]
-    logits = _held_out_logits(data, folds, solve) if calibrated or _is_judged(inputs.layer, request) else None
+    logits = _held_out_logits(data, folds, fit) if calibrated or _is_judged(inputs.layer, request) else None
     if not calibrated:
         scale = min(1.0, fit_scale(rows, states, 2, SHARPEST))
     elif logits is None:
@@ -114,9 +120,7 @@ def _is_judged(layer: int, request: PassRequest) -> bool:
     return bool(request.mixture.absent) or place % _JUDGED_EVERY == first
 
 
-def _held_out_logits(
-    data: Labelled, folds: torch.Tensor, solve: Callable[[Labelled], torch.Tensor]
-) -> torch.Tensor | None:
+def _held_out_logits(data: Labelled, folds: torch.Tensor, fit: Fit) -> torch.Tensor | None:
     """Logits (token, expert) by rows that were made without the token's document; None where there is one fold."""
     parts = sorted(set(folds.tolist()))
     if len(parts) == 1:
@@ -124,7 +128,7 @@ def _held_out_logits(
     logits = torch.empty(len(data.states), data.targets.shape[1])
     for fold in parts:
         held = folds == fold
-        logits[held] = data.states[held] @ solve(data.part(~held)).T
+        logits[held] = data.states[held] @ fit.rows(data, ~held).T
     return logits
 
 

@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,42 +21,39 @@ from moemerge.routers.kept_folder import path_of
 _ROWS = "rows"
 
 
-@dataclass(frozen=True)
-class KeptFits:
-    """Fits by what they depend on, each in a small file of its own."""
+def hash_of(values: Sequence[object], tensors: Sequence[torch.Tensor]) -> str:
+    """Make a text that depends on some values and the contents of some tensors, and on the versions of the programs."""
+    key = hashlib.sha256(repr((values, version("moemerge"), version("torch"))).encode())
+    for tensor in tensors:
+        key.update(repr(tuple(tensor.shape)).encode())
+        key.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return key.hexdigest()
 
-    folder: Path
 
-    def rows(
-        self, method: str, tensors: Sequence[torch.Tensor], numbers: Sequence[float], fit: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """Read the rows (expert, hidden) of a fit, or compute and keep them; a disk that takes none is no error.
+def kept_rows(folder: Path, key: str, fit: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Read the rows (expert, hidden) of a fit, or compute and keep them; a disk that takes none is no error.
 
-        Args:
-            method: what the fit is, in a word.
-            tensors: all tensors that it depends on.
-            numbers: all numbers that it depends on.
-            fit: computes it.
-        """
-        key = hashlib.sha256(repr((method, numbers, version("moemerge"), version("torch"))).encode())
-        for tensor in tensors:
-            key.update(repr(tuple(tensor.shape)).encode())
-            key.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        path = path_of(self.folder, key.hexdigest())
-        try:
-            kept = read_header(path)[_ROWS]
-            rows = torch.empty(kept.shape)
-            read_into(kept, rows)
-        except (OSError, CheckpointError):
-            rows = fit()
-            with suppress(OSError):
-                self._keep(path, rows)
-        return rows
+    Args:
+        folder: the folder.
+        key: the hash of all that the fit depends on.
+        fit: computes it.
+    """
+    path = path_of(folder, key)
+    try:
+        kept = read_header(path)[_ROWS]
+        rows = torch.empty(kept.shape)
+        read_into(kept, rows)
+    except (OSError, CheckpointError):
+        rows = fit()
+        with suppress(OSError):
+            _keep(path, rows)
+    return rows
 
-    def _keep(self, path: Path, rows: torch.Tensor) -> None:
-        rows = rows.float().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        header = build_header([(_ROWS, "F32", tuple(rows.shape), rows.nbytes)], {})
-        draft.write_bytes(header + rows.view(torch.uint8).numpy().tobytes())
-        draft.replace(path)
+
+def _keep(path: Path, rows: torch.Tensor) -> None:
+    rows = rows.float().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    header = build_header([(_ROWS, "F32", tuple(rows.shape), rows.nbytes)], {})
+    draft.write_bytes(header + rows.view(torch.uint8).numpy().tobytes())
+    draft.replace(path)
