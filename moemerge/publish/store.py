@@ -17,6 +17,7 @@ from moemerge.config.schema import CARD, CONFIG_COPY
 from moemerge.errors import OutputError, RefusedError
 from moemerge.planning.tokenizer_files import COPIED_FILES, template_names
 from moemerge.publish.folder import name_in_repository
+from moemerge.publish.store_note import StoreNote
 from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.reference import Location
 from moemerge.sources.remote_weights import TEMPLATES
@@ -53,7 +54,7 @@ class StoreOutput:
 
         Raises:
             RefusedError: the address is that of a GGUF file, or a package is needed.
-            SourceError: the store cannot be reached, or refuses.
+            SourceError, OutputError: the store cannot be reached, or refuses.
         """
         if location.gguf:
             raise RefusedError(f"{location}: a GGUF file is written on this machine. Name a file here, and copy it.")
@@ -66,20 +67,15 @@ class StoreOutput:
         """List the folder anew, since another merge may have ended there meanwhile.
 
         Raises:
-            SourceError: the store cannot be reached, or refuses.
+            SourceError, OutputError: the store cannot be reached, or refuses.
         """
         self._folder = StoreFolder(self.location)
+        self._note = self._ask(lambda: StoreNote(self._folder))
         self._sent: dict[str, Sent] = {}
         self.journal = ""
         """The journal of an unfinished merge that was sent here."""
-        self._began = UNFINISHED in self._folder.files
-        if self._began:
-            with explained(self.location), self._folder.open(UNFINISHED) as opened:
-                self._read(opened.read())
-
-    def _read(self, content: bytes) -> None:
-        with suppress(ValueError, TypeError, KeyError):  # one that was damaged is as good as none
-            noted = json.loads(content)
+        noted = self._note.found or {}
+        with suppress(TypeError, KeyError, AttributeError):  # one that was damaged is as good as none
             self._sent = {name: Sent(**values) for name, values in noted["objects"].items()}
             self.journal = str(noted["journal"])
 
@@ -123,7 +119,7 @@ class StoreOutput:
         names = [name for name in self._folder.files if name != UNFINISHED]
         if not names:
             return
-        unfinished = self._began and COMPLETE not in names
+        unfinished = self._note.found is not None and COMPLETE not in names
         if resume and not overwrite and COMPLETE in names:
             raise nothing_to_resume(self.location)
         if not (unfinished or overwrite):
@@ -146,13 +142,22 @@ class StoreOutput:
         return {name: (sent.sha256, sent.bytes) for name, sent in whole.items() if files[name].nbytes == sent.bytes}
 
     def claim(self) -> None:
-        """Note that a merge begins here, and so make sure that the store takes it, unless a model is here to be kept.
+        """Note that a merge begins here, unless a model is here to be kept, and so make sure that the store takes it.
+
+        The note of an unfinished merge stays until this one begins to send: if it is still under way elsewhere, it may
+        be complete by then.
 
         Raises:
+            BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it.
         """
+        if self._note.found is not None and COMPLETE not in self._folder.files:
+            self._announce(
+                f"{self.location}: holds a merge that was not completed. If it is still under way on another machine, "
+                "interrupt this one."
+            )
         if COMPLETE in self._folder.files or "config.json" not in self._folder.files:
-            self.note(self.journal)
+            self._ask(lambda: self._note.put(self._noted(self.journal), takes_over=False))
 
     def begin(self, journal: str, kept: Collection[str]) -> None:
         """Note that a merge has begun here, and remove all that is not kept: `config.json` and the index first.
@@ -162,6 +167,7 @@ class StoreOutput:
             kept: names of the shards that an unfinished run of it has sent.
 
         Raises:
+            BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it.
             RefusedError: the folder has changed since it was checked, and not by this merge.
         """
@@ -181,21 +187,30 @@ class StoreOutput:
         """Keep a merge's journal here until it is complete.
 
         Raises:
+            BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it.
         """
-        objects = {name: asdict(sent) for name, sent in self._sent.items()}
-        self._put(UNFINISHED, {"journal": journal, "objects": objects})
+        self._ask(lambda: self._note.put(self._noted(journal)))
+
+    def _noted(self, journal: str) -> Mapping[str, Any]:
+        return {"journal": journal, "objects": {name: asdict(sent) for name, sent in self._sent.items()}}
 
     def send(self, path: Path, name: str | None = None) -> str:
         """Send a file, in parts where it is large; returns its SHA-256.
 
         Raises:
+            BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it, or has another size of it than was sent.
         """
         name = name or path.name
         sha256, nbytes, place = _sha256(path), path.stat().st_size, self._folder.path_of(name)
         parts = _PARTS.get(self.location.kind, {})
-        self._ask(lambda: self._folder.store.put_file(str(path), place, **parts))
+
+        def send() -> None:
+            self._note.check()  # at each try, since it may replace what the other merge has sent
+            self._folder.store.put_file(str(path), place, **parts)
+
+        self._ask(send)
         found = self._list_again().get(name)
         if found is None or found.nbytes != nbytes:
             raise OutputError(
@@ -209,39 +224,39 @@ class StoreOutput:
         """Send what is left in the folder, `config.json` last, then the object that makes the model complete.
 
         Raises:
+            BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it, or a shard is no longer as it was sent.
         """
-        now = self._list_again()
-        if lost := [
-            name for name, sent in self._sent.items() if name not in now or now[name].identity != sent.identity
-        ]:
-            raise OutputError(
-                f"{self.location}/{lost[0]}: is no longer as it was sent. Run the same command with --resume: it sends "
-                "what is missing."
-            )
+        self._check_sent()
         paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         paths += [folder / name for name in template_names(folder)]
         for path in sorted(paths, key=lambda path: (path.name in _SEALS, path.name == "config.json")):
             self.send(path, name_in_repository(path))
         files = {name: {"bytes": sent.bytes, "sha256": sent.sha256} for name, sent in sorted(self._sent.items())}
-        self._put(COMPLETE, {"moemerge": version("moemerge"), "files": files})
-        self._forget()
+        text = json.dumps({"moemerge": version("moemerge"), "files": files}, indent=2) + "\n"
+        self._check_sent()
+        self._ask(lambda: self._folder.store.pipe_file(self._folder.path_of(COMPLETE), text.encode()))
+        self._note.remove()  # beside a complete model it means nothing
+
+    def _check_sent(self) -> None:
+        """Refuse to go on where another merge writes, or has left weights that a reader might take for this model's."""
+        self._ask(self._note.check)
+        now = self._list_again()
+        wrong = [name for name, sent in self._sent.items() if name not in now or now[name].identity != sent.identity]
+        wrong += [name for name in now if _OURS.fullmatch(name) and name not in self._sent]
+        if wrong:
+            raise OutputError(
+                f"{self.location}/{wrong[0]}: is not, or no longer, what this merge has sent. Look who else writes "
+                "there, and run the same command with --resume: it sends what is missing."
+            )
 
     def give_up(self) -> None:
-        """Remove the note that a merge has begun, where it has sent nothing; whatever fails."""
-        if not self._sent and not self._began:
-            self._forget()
-
-    def _forget(self) -> None:
-        with suppress(Exception):  # beside a complete model it means nothing
-            self._folder.store.rm_file(self._folder.path_of(UNFINISHED))
+        """Remove the note that this merge has begun, where it has sent nothing; whatever fails."""
+        if not self._sent and self._note.found is None:
+            self._note.remove()
 
     def _list_again(self) -> Mapping[str, Stored]:
         return self._ask(self._folder.list_again)
-
-    def _put(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=2) + "\n"
-        self._ask(lambda: self._folder.store.pipe_file(self._folder.path_of(name), text.encode()))
 
     def _ask(self, action: Callable[[], Result]) -> Result:
         """Ask the store again if it is too busy or fails."""

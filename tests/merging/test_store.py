@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from moemerge import load_config, merge, plan_merge
-from moemerge.errors import OutputError, RefusedError
+from moemerge.errors import BusyError, OutputError, RefusedError
 from moemerge.merging.store import Store, scratch_for
 from moemerge.planning.options import PlanOptions
 from moemerge.publish import store as publish_store
@@ -150,14 +150,13 @@ def test_what_fails_is_kept_and_goes_on_on_another_machine(place, config, expect
 
 def test_another_merge_is_not_resumed(place, config, llamas, run, monkeypatch):
     plan = plan_merge(load_config(config), PlanOptions(max_shard_bytes=60_000))
-    put = StoreOutput._put
+    remaining = [None, OutputError("it ends here.")]
 
-    def put_all_but_the_last(self, name, content):
-        if name == COMPLETE:
-            raise OutputError("it ends here.")
-        put(self, name, content)
+    def fail_before_the_last(self):
+        if error := remaining.pop(0):
+            raise error
 
-    monkeypatch.setattr(StoreOutput, "_put", put_all_but_the_last)
+    monkeypatch.setattr(StoreOutput, "_check_sent", fail_before_the_last)
     with pytest.raises(OutputError, match=r"^it ends here\.$"):
         merge(plan, place.url)
     assert "config.json" in place.files()
@@ -357,3 +356,107 @@ def test_a_model_that_another_machine_completes_meanwhile_stays(place, config, m
         "merge again."
     )
     assert place.files() == files
+
+
+def busy(place) -> str:
+    return (
+        f"{place.url}: another merge has begun to write there, so this one stops, and leaves everything as it is. Wait "
+        "for the other one to end and check it with `moemerge verify`, or choose another address."
+    )
+
+
+def test_of_two_merges_that_begin_together_one_stops(place):
+    first, second = (StoreOutput(location_of(place.url), print) for _ in range(2))
+    first.claim()
+    files = place.files()
+    with pytest.raises(BusyError) as raised:
+        second.claim()
+    assert str(raised.value) == busy(place)
+    second.give_up()
+    assert place.files() == files  # S3 took no other note
+    first.begin("journal", ())
+    first.give_up()
+    assert place.files() == {}
+
+
+def test_a_store_that_knows_no_conditions_shows_the_other_merge_later(bucket):
+    place = Place(bucket.url("out"), bucket.fs)
+    first, second = (StoreOutput(location_of(place.url), print) for _ in range(2))
+    first.claim()
+    bucket.fs.rm_file(f"{place.path}/{UNFINISHED}")  # as if the two had come at the same moment
+    bucket.server.before("PUT", f"out/{UNFINISHED}", lambda: 501)
+    second.claim()
+    with pytest.raises(BusyError) as raised:
+        first.begin("journal", ())
+    assert str(raised.value) == busy(place)
+    second.begin("journal", ())
+    assert json.loads(place.files()[UNFINISHED])["journal"] == "journal"
+
+
+def test_the_note_of_a_merge_stays_until_another_one_begins_to_send(place):
+    said = []
+    running = StoreOutput(location_of(place.url), print)
+    running.begin("journal", ())
+    files = place.files()
+    late, later = (StoreOutput(location_of(place.url), said.append) for _ in range(2))
+    late.claim()
+    assert said == [
+        f"{place.url}: holds a merge that was not completed. If it is still under way on another machine, interrupt "
+        "this one."
+    ]
+    assert place.files() == files
+    running.note("the running one goes on")
+    for begin in (late.claim, lambda: late.begin("journal", ())):
+        with pytest.raises(BusyError) as raised:
+            begin()
+        assert str(raised.value) == busy(place)
+    later.look()
+    later.begin("later", ())
+    with pytest.raises(BusyError) as raised:
+        running.note("still at work")
+    assert str(raised.value) == busy(place)
+    running.give_up()
+    assert json.loads(place.files()[UNFINISHED])["journal"] == "later"
+
+
+def test_a_merge_leaves_what_another_one_has_completed(place, config, llamas, tmp_path, monkeypatch):
+    other = write_config(config.with_name("other.yaml"), llamas[0], llamas[2:4], prompts=False)
+    plan, later = (plan_merge(load_config(path), PlanOptions(max_shard_bytes=60_000)) for path in (config, other))
+    send, sent, complete = StoreOutput.send, [], {}
+
+    def another_machine_merges_before_the_third(self, path, name=None):
+        sent.append(path)
+        if len(sent) == 3:
+            merge(later, Store(tmp_path / "another" / "scratch", StoreOutput(location_of(place.url), print)))
+            complete.update(place.files())
+        return send(self, path, name)
+
+    monkeypatch.setattr(StoreOutput, "send", another_machine_merges_before_the_third)
+    with pytest.raises(BusyError) as raised:
+        merge(plan, place.url)
+    assert str(raised.value) == busy(place)
+    assert place.files() == complete
+    assert COMPLETE in complete
+    assert UNFINISHED not in complete
+
+
+def test_what_another_merge_sends_late_is_noticed_before_the_end(place, config, expected, run, monkeypatch):
+    shards, finish = [name for name in expected if name.startswith("model-")], StoreOutput.finish
+    for stray in (shards[1], SINGLE):
+
+        def late(self, folder, stray=stray):
+            place.write(stray, b"of another merge")
+            finish(self, folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreOutput, "finish", late)
+            assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
+                1,
+                f"{len(shards)} complete shards are in the store: --resume continues from them, a run without it starts "
+                f"over.\nerror: {place.url}/{stray}: is not, or no longer, what this merge has sent. Look who else "
+                "writes there, and run the same command with --resume: it sends what is missing.\n",
+            )
+        assert {"config.json", COMPLETE}.isdisjoint(place.files())
+    assert run(config, place.url, *SHARDS, "--resume", "--quiet") == (0, "", "")
+    files = place.files()
+    assert without_paths(files) == without_paths(expected) | {COMPLETE: files[COMPLETE]}
