@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moemerge.planning.plan import MergePlan
     from moemerge.publish.publisher import Publisher
     from moemerge.routers.report import RoutingReport
+    from moemerge.sources.reference import Location
 
 _SHOWN_NAMES: Final = 2
 
@@ -84,23 +85,19 @@ def _print_kept(console: Console, folder: Path | None, kept: int, texts: int) ->
     )
 
 
-def print_done(out: Path, plan: "MergePlan", seconds: float) -> None:
-    """Print size and time of a merge, and for a folder the next two commands."""
-    nbytes = out.stat().st_size if out.is_file() else plan.output_bytes
-    say(f"{out}: done, {size(nbytes)} in {clock(seconds)}")
-    if out.is_dir():
-        folder = shlex.quote(str(out))
+def print_done(place: "Path | Location", plan: "MergePlan", seconds: float) -> None:
+    """Print size and time of a merge, and the next commands for a folder or an object store."""
+    nbytes = place.stat().st_size if isinstance(place, Path) and place.is_file() else plan.output_bytes
+    say(f"{place}: done, {size(nbytes)} in {clock(seconds)}")
+    quoted = shlex.quote(str(place))
+    if not isinstance(place, Path):
+        say(f"Next: moemerge verify {quoted}")
+    elif place.is_dir():
         names = plan.config.expert_names
         texts = " ".join(f"--data {shlex.quote(name)}=PATH" for name in names[:_SHOWN_NAMES])
         texts += " ..." if len(names) > _SHOWN_NAMES else ""
-        say(f'Next: moemerge generate {folder} "Once upon a time" --experts')
-        say(f"      moemerge eval {folder} {texts} --baselines")
-
-
-def print_sent(place: object, plan: "MergePlan", seconds: float) -> None:
-    """Print size and time of a merge into an object store, and the next command."""
-    say(f"{place}: complete, {size(plan.output_bytes)} in {clock(seconds)}")
-    say(f"Next: moemerge verify {shlex.quote(str(place))}")
+        say(f'Next: moemerge generate {quoted} "Once upon a time" --experts')
+        say(f"      moemerge eval {quoted} {texts} --baselines")
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moemerge.cli.console import announcer, console_session, end_dry_run, print_json, return_freed_memory, stoppable
-from moemerge.cli.destination import destination_of
+from moemerge.cli.destination import Target, destination_of, hint_at_resume, location_in_store, target_of
 from moemerge.cli.editing import write_from_config
 from moemerge.cli.gguf_output import check_gguf, check_options, is_gguf, merge_into
 from moemerge.cli.grouping import grouped
@@ -23,12 +21,13 @@ from moemerge.cli.options import Config, ModelOptions, VerboseOptions, check_pro
 from moemerge.cli.plan_request import PlanRequest, edit_in, plan_from
 from moemerge.cli.planning import print_or_dump_plan
 from moemerge.cli.publishing import PlannedPush
-from moemerge.cli.store_output import merge_to_store, to_store
 from moemerge.cli.streams import say
-from moemerge.errors import BusyError, RefusedError
+from moemerge.errors import RefusedError
 from moemerge.file_kinds import FOLDERS, what_is
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rich.console import Console
 
     from moemerge.merging.options import MergeOptions
@@ -100,36 +99,35 @@ def carry_out(
     if streaming:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # ours are there at the same time
     planned_push = PlannedPush(push, announcer(console, quiet=quiet))
-    if to_store(out):
-        merge_to_store(
-            console, request, out, output=output, reading=reading, push=push, routers=routers, messages=messages
-        )
-        return
+    location = location_in_store(out, output, push)
     if edit := edit_in(console, request, quiet=quiet):
+        if location:
+            raise RefusedError(f"{location}: an edit of a mixture is written to a folder. Name one, and copy it there.")
         write_from_config(
             console, edit, out, output=output, reading=reading, push=push, routers=routers, messages=messages
         )
         return
+    target = target_of(out, location, announcer(console, quiet=quiet))
     # Before a plan may download weights.
-    approve = _place_check(request, out, output, push, planned_push, routers=routers)
-    options = merge_options(out, output, reading, routers)
+    approve = _place_check(request, target, output, push, planned_push, routers=routers)
+    options = merge_options(target.out, output, reading, routers)
     return_freed_memory()
-    plan_options = _plan_options(out, reading, push, dry_run=output.dry_run)
+    plan_options = _plan_options(target, reading, push, dry_run=output.dry_run)
     plan = plan_from(console, request, plan_options, quiet=quiet, approve=approve)
     if output.dry_run:
         print_or_dump_plan(plan, json=messages.json)
-        end_dry_run(out, quiet=quiet, json=messages.json)
+        end_dry_run(target.place, quiet=quiet, json=messages.json)
         return
     options = replace(options, licence=planned_push.licence)
-    report = _merge(console, plan, out, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
-    with interrupts_after_success(console, out, planned_push.publisher, streaming=streaming):
-        print_report(console, out, plan, report, messages, kept_states=routers.keep_states)
+    report = _merge(console, plan, target, options, output, push=push, publisher=planned_push.publisher, quiet=quiet)
+    with interrupts_after_success(console, target.place, planned_push.publisher, streaming=streaming):
+        print_report(console, target.place, plan, report, messages, kept_states=routers.keep_states)
         if not (quiet or messages.json or streaming):
-            print_done(out, plan, time.monotonic() - start)
-    _print_end(plan, report, None if streaming else out, planned_push.finish(out), json=messages.json)
+            print_done(target.place, plan, time.monotonic() - start)
+    _print_end(plan, report, None if streaming else target.place, planned_push.finish(out), json=messages.json)
 
 
-def _print_end(plan: "MergePlan", report: "RoutingReport", out: Path | None, url: str | None, *, json: bool) -> None:
+def _print_end(plan: "MergePlan", report: "RoutingReport", out: object, url: str | None, *, json: bool) -> None:
     """Print all facts as JSON, or the page on the Hub if there is one."""
     if json:
         print_json(merge_facts(plan, report, out, url))
@@ -149,7 +147,7 @@ def _request(config: Path, output: OutputOptions, models: ModelOptions) -> PlanR
 
 def _place_check(
     request: PlanRequest,
-    out: Path,
+    target: Target,
     output: OutputOptions,
     push: PushOptions,
     planned_push: PlannedPush,
@@ -157,7 +155,10 @@ def _place_check(
     routers: RouterOptions,
 ) -> "Callable[[Sequence[ModelFolder]], None]":
     """Refuse an output that could not be written; returns a check of the same for a merge whose models are known."""
-    to_file = is_gguf(out)
+    if store := target.store:
+        store.check([], overwrite=output.overwrite, resume=output.resume)
+        return partial(store.check, overwrite=output.overwrite, resume=output.resume)
+    out, to_file = target.out, is_gguf(target.out)
     folders_only = {
         "--resume": output.resume,
         "--ray": output.ray is not None,
@@ -183,12 +184,12 @@ def _place_check(
     return approve
 
 
-def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions, *, dry_run: bool) -> "PlanOptions":
+def _plan_options(target: Target, reading: ReadingOptions, push: PushOptions, *, dry_run: bool) -> "PlanOptions":
     from moemerge.planning.options import PlanOptions
 
-    to_file = is_gguf(out)
+    to_file = is_gguf(target.out)
     return PlanOptions(
-        target=None if push.push_streaming or to_file else out,
+        target=None if push.push_streaming or target.store or to_file else target.out,
         weights="stream" if reading.stream or dry_run else "auto",
         routing_table=reading.routing_table,
         proves_tokenizer=not dry_run,
@@ -199,7 +200,7 @@ def _plan_options(out: Path, reading: ReadingOptions, push: PushOptions, *, dry_
 def _merge(
     console: "Console",
     plan: "MergePlan",
-    out: Path,
+    target: Target,
     options: "MergeOptions",
     output: OutputOptions,
     *,
@@ -207,20 +208,19 @@ def _merge(
     publisher: "Publisher | None",
     quiet: bool,
 ) -> "RoutingReport":
-    """Carry out the plan into a folder, a GGUF file or the Hub, and show progress; returns the routing report."""
+    """Carry out the plan into its target or to the Hub, and show progress; returns the routing report."""
     from moemerge.cli.progress import show_progress
     from moemerge.merging.merger import merge
 
-    streaming = push.push_streaming
     carry_out: Callable[..., Any] = partial(
-        merge_into, console, plan, out, output.type, options, quiet=quiet, llama_cpp=output.llama_cpp
+        merge_into, console, plan, target.out, output.type, options, quiet=quiet, llama_cpp=output.llama_cpp
     )
     if publisher:
         publisher.check_replaced(plan.model_type, overwrite=options.overwrite)
-    if not is_gguf(out):
-        carry_out = partial(merge, plan, destination_of(out, output, push, publisher), options)
+    if not is_gguf(target.out):
+        carry_out = partial(merge, plan, destination_of(target, output, push, publisher), options)
     with (
-        _hint_at_resume(console, out, streaming=streaming),
+        hint_at_resume(console, target, streaming=push.push_streaming),
         show_progress(console, quiet=quiet) as progress,
     ):
         report: RoutingReport = carry_out(
@@ -245,23 +245,3 @@ def _check_folder(
     if output.resume and not output.overwrite and is_merge(out) and not kept_shards(out):
         raise nothing_to_resume(out)
     check_target(out, sources, inputs=inputs, replaceable=replaceable_files if output.overwrite else None)
-
-
-@contextmanager
-def _hint_at_resume(console: "Console", out: Path, *, streaming: bool) -> Iterator[None]:
-    """Print how many shards a merge that fails or is interrupted keeps for `--resume`."""
-    from moemerge.checkpoint.staging import kept_shards
-
-    try:
-        yield
-    except (RefusedError, BusyError):
-        raise
-    except BaseException as error:
-        if kept := kept_shards(out):
-            where = "on the Hub" if streaming else f"beside {out}"
-            console.print(
-                f"{kept} complete shards are kept {where}: --resume continues from them, a run without it starts over."
-            )
-        if isinstance(error, KeyboardInterrupt) and streaming and not error.args:
-            raise KeyboardInterrupt(f"{out} is not written; what was sent stays on the Hub") from error
-        raise

@@ -103,7 +103,11 @@ def test_a_store_holds_what_a_folder_would_and_a_last_object_that_lists_it(place
     )
     assert place.files().keys() == {*files, COMPLETE, "results.csv"}
     place.fs.rm_file(f"{place.path}/results.csv")
-    assert run(config, place.url, "--overwrite", "--quiet") == (0, "", "")  # in one shard
+    code, printed, _ = run(config, place.url, "--overwrite")  # in one shard
+    done, following = printed.splitlines()[-2:]
+    assert code == 0
+    assert done.startswith(f"{place.url}: done, ")
+    assert following == f"Next: moemerge verify {place.url}"
     assert SINGLE not in files
     assert {name for name in place.files() if name.startswith("model")} < {"model.safetensors.index.json", *ONE_OR_TWO}
 
@@ -125,7 +129,7 @@ def test_what_fails_is_kept_and_goes_on_on_another_machine(place, config, expect
         code, _, said = run(config, place.url, *SHARDS, "--quiet")
     assert (code, said) == (
         1,
-        "2 complete shards are in the store: --resume continues from them, a run without it starts over.\n"
+        "2 complete shards are kept in the store: --resume continues from them, a run without it starts over.\n"
         "error: the network is gone.\n",
     )
     assert place.files().keys() == {*sent[:2], UNFINISHED}
@@ -309,7 +313,7 @@ def test_an_interrupted_merge_does_not_claim_that_nothing_changed(place, config,
     monkeypatch.setattr(StoreOutput, "send", stop_at_third)
     assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
         130,
-        "2 complete shards are in the store: --resume continues from them, a run without it starts over.\n"
+        "2 complete shards are kept in the store: --resume continues from them, a run without it starts over.\n"
         f"interrupted: nothing takes {place.url} for a model until the same command with --resume has ended\n",
     )
     sent[:] = [None, None]  # the first shard of a merge that starts over
@@ -452,7 +456,7 @@ def test_what_another_merge_sends_late_is_noticed_before_the_end(place, config, 
             patch.setattr(StoreOutput, "finish", late)
             assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
                 1,
-                f"{len(shards)} complete shards are in the store: --resume continues from them, a run without it starts "
+                f"{len(shards)} complete shards are kept in the store: --resume continues from them, a run without it starts "
                 f"over.\nerror: {place.url}/{stray}: is not, or no longer, what this merge has sent. Look who else "
                 "writes there, and run the same command with --resume: it sends what is missing.\n",
             )
