@@ -21,7 +21,7 @@ from moemerge.publish.store_note import StoreNote
 from moemerge.sources.model_folder import Announce, ModelFolder
 from moemerge.sources.reference import Location
 from moemerge.sources.remote_weights import TEMPLATES
-from moemerge.sources.retries import Patience, Result, sleep
+from moemerge.sources.retries import Patience, Result
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
 from moemerge.sources.stores import Stored, StoreFolder, explained, may_pass
 
@@ -260,13 +260,8 @@ class StoreOutput:
 
     def _ask(self, action: Callable[[], Result]) -> Result:
         """Ask the store again if it is too busy or fails."""
-        patience = Patience(self.location, self._announce, may_pass=may_pass)
         with explained(self.location, OutputError):
-            while True:
-                try:
-                    return action()
-                except Exception as error:  # noqa: BLE001, PERF203  of several libraries; the loop is for the error
-                    sleep(patience.wait_after(error))
+            return Patience(self.location, self._announce, may_pass=may_pass).repeat(action)
 
 
 def _places_of(source: ModelFolder) -> Iterator[Location]:

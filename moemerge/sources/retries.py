@@ -57,6 +57,7 @@ class Patience:
         most_tries: int = _MOST_TRIES,
         *,
         may_pass: Callable[[Exception], bool] | None = None,
+        statuses: Collection[int] = _MAY_PASS,
     ) -> None:
         """Be patient with the Hub, or with another machine.
 
@@ -65,14 +66,23 @@ class Patience:
             announce: called with these messages.
             most_tries: how often something is tried without a success.
             may_pass: whether an error that is no answer of the Hub may not occur the next time; None for the Hub's.
+            statuses: those of the Hub's answers after which it is asked again.
         """
         self._what, self._announce, self._most_tries = what, announce, most_tries
-        self._may_pass = may_pass or _may_pass
+        self._may_pass, self._statuses = may_pass or _may_pass, statuses
         self._tries = 0
 
     def reset(self) -> None:
         """Start counting tries anew after a success."""
         self._tries = 0
+
+    def repeat(self, action: Callable[[], Result]) -> Result:
+        """Call a function again until it succeeds; what it raises when another try cannot help is raised as it is."""
+        while True:
+            try:
+                return action()
+            except Exception as error:  # noqa: BLE001, PERF203  of several libraries; the loop is for the error
+                sleep(self.wait_after(error))
 
     def wait_after(self, error: Exception) -> float:
         """The seconds to wait before another try.
@@ -80,9 +90,10 @@ class Patience:
         Raises:
             Exception: `error` itself, if another try cannot help.
         """
-        answer = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        answer = getattr(cause, "response", None) if isinstance(cause, HfHubHTTPError) else None
         status = None if answer is None else answer.status_code
-        if not (status in _MAY_PASS if status else self._may_pass(error)):
+        if not (status in self._statuses if status else self._may_pass(error)):
             raise error
         # A Hub that asks to wait will answer later.
         self._tries += 1
@@ -107,16 +118,7 @@ def patiently(
     statuses: Collection[int] = _MAY_PASS,
 ) -> Result:
     """Ask the Hub again if it is too busy or fails; a missing network is an error at once."""
-    patience = Patience(what, announce, _FEW_TRIES)
-    while True:
-        try:
-            return action()
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # noqa: PERF203  the loop is for the error
-            answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-            response = getattr(answer, "response", None)
-            if not isinstance(answer, HfHubHTTPError) or response is None or response.status_code not in statuses:
-                raise
-            sleep(patience.wait_after(answer))
+    return Patience(what, announce, _FEW_TRIES, may_pass=lambda _error: False, statuses=statuses).repeat(action)
 
 
 def sleep(seconds: float) -> None:
