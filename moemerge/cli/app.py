@@ -105,8 +105,7 @@ def main() -> None:
     with guarded_streams() as (out, _):
         code = 0
         try:
-            problem = relative_address(arguments) if word == MERGE else None
-            if problem := problem or unknown_command(arguments, names):
+            if problem := relative_address(arguments) or unknown_command(arguments, names):
                 say(f"error: {problem}", error=True)
                 sys.exit(2)
             _run(arguments if word != MERGE else _translated(arguments))

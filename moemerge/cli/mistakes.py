@@ -40,8 +40,12 @@ def unknown_command(arguments: Sequence[str], names: Sequence[str]) -> str | Non
 
 
 def relative_address(arguments: Sequence[str]) -> str | None:
-    """Say of an argument `file://PATH` that its path is not absolute, which a `Path` of it no longer shows."""
-    found = next((word for word in arguments if re.match("file://[^/]", word)), None)
+    """Say of an argument `file://PATH` that its path is not absolute, which a `Path` of it no longer shows.
+
+    A config is read from no address at all, which its own message says; a prompt may have spaces.
+    """
+    matches = (re.fullmatch(r"(?:--[\w-]+=)?(file://[^/\s]\S*)", word) for word in arguments)
+    found = next((match[1] for match in matches if match and not match[1].endswith(tuple(YAML_SUFFIXES))), None)
     if found is None:
         return None
     from moemerge.sources.reference import wrong_address

@@ -253,6 +253,11 @@ def test_what_an_address_cannot_be_is_refused(tmp_path, config, llamas, run, mon
         (config, "folder/s3://bucket/out"): "folder/s3://bucket/out: an address begins with s3://. Did you mean "
         "s3://bucket/out?",
         (config, "file://out"): "file://out: file:// takes an absolute path: file:///PATH.",
+        ("verify", "file://out"): "file://out: file:// takes an absolute path: file:///PATH.",
+        ("eval", "file://out", "--data", "a=b.txt"): "file://out: file:// takes an absolute path: file:///PATH.",
+        (config, "out", "--keep-states=file://kept"): "file://kept: file:// takes an absolute path: file:///PATH.",
+        ("plan", "file://merge.yaml"): "file://merge.yaml: a config is read from this machine. Copy it here, and name "
+        "the copy.",
         (
             config,
             mixture,
