@@ -13,7 +13,7 @@ from moemerge.errors import (
     DamagedModelError,
     IncompatibleError,
     MoemergeError,
-    NoSuchModelError,
+    RefusedError,
     SourceError,
 )
 from moemerge.families.dense import DenseModel, read_dense
@@ -69,7 +69,7 @@ def open_models(config: MergeConfig, announce: Callable[[str], None]) -> Models:
     """Open every model of a merge; of Hub models only the small files are downloaded.
 
     Raises:
-        ConfigError: names lead to no model; lists every one.
+        ConfigError: names lead to no model, or packages are needed; lists every one.
         SourceError: models cannot be reached; lists every one.
         CheckpointError: a `config.json` is damaged; lists every one.
         IncompatibleError: the configs do not fit together; lists every reason.
@@ -97,7 +97,9 @@ def _open_all(config: MergeConfig, announce: Callable[[str], None]) -> dict[str,
             continue
         try:
             opened[reference] = open_model(reference, announce)
-        except (SourceError, CheckpointError) as error:
+        except IncompatibleError:
+            raise
+        except (SourceError, CheckpointError, RefusedError) as error:
             errors[reference] = error
     if errors:
         raise _placed(config, errors)
@@ -130,10 +132,10 @@ def _placed(config: MergeConfig, errors: Mapping[str, MoemergeError]) -> Moemerg
         looks = isinstance(reason, SourceError) and "Did you mean" not in str(reason) and not split_expert(reference)
         near = nearest_model(reference, folders) if looks else None
         problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
-    failures = [reason for reason in errors.values() if not isinstance(reason, NoSuchModelError)]
+    failures = [reason for reason in errors.values() if reason.exit_code == 1]
     kind = next((CheckpointError if isinstance(one, CheckpointError) else SourceError for one in failures), None)
     if len(errors) == 1 and not config.written:  # there is no line to find it by
-        return (kind or NoSuchModelError)(problems[0][1])
+        return (kind or type(reason))(problems[0][1])
     refusal = refusal_of(config, problems)
     return kind(str(refusal)) if kind else refusal
 

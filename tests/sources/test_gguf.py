@@ -302,6 +302,17 @@ def test_without_the_package_blocks_are_refused_and_floats_are_read(tmp_path, wi
     assert str(caught.value) == (
         f"To read {wide['gguf']}, which is quantised, the package gguf is needed: pip install gguf."
     )
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name in {"gguf", "s3fs"} else find_spec(name))
+    experts = [wide["gguf"], "s3://bucket/model", tmp_path / "none"]
+    path = write_config(tmp_path / "merge.yaml", wide["base"], experts, prompts=False)
+    with pytest.raises(ConfigError) as caught:
+        plan_merge(load_config(path))
+    first, second, third = (f"line {line}: experts[{line - 3}].source_model: " for line in (3, 4, 5))
+    assert caught.value.problems == (
+        f"{first}To read {wide['gguf']}, which is quantised, the package gguf is needed: pip install gguf.",
+        f"{second}To reach s3://bucket/model, the package s3fs is needed: pip install 'moemerge[remote]'.",
+        f"{third}{tmp_path / 'none'}: there is no such folder, and it cannot be a Hub repository (user/name).",
+    )
 
 
 @pytest.mark.parametrize(
