@@ -1,6 +1,5 @@
 """Options of the main command, in groups, in the order in which its help lists them."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
@@ -21,6 +20,7 @@ from moemerge.cli.options import (
     devices_option,
 )
 from moemerge.errors import RefusedError
+from moemerge.passes.device_names import DEVICES, is_device
 
 if TYPE_CHECKING:
     from moemerge.merging.options import MergeOptions
@@ -162,8 +162,8 @@ def _base_bits(routers: RouterOptions) -> Literal[4, 8] | None:
     from moemerge.routers.initialisation import check_base_bits
 
     for device in routers.device.split(","):
-        if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", device):
-            raise RefusedError(f"--device: {device!r} is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.")
+        if not is_device(device):
+            raise RefusedError(f"--device: {device!r} is not one of {DEVICES}.")
     if routers.load_in_8bit and routers.load_in_4bit:
         raise RefusedError("--load-in-8bit, --load-in-4bit: give one of them, not both.")
     base_bits: Literal[4, 8] | None = 8 if routers.load_in_8bit else 4 if routers.load_in_4bit else None

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 
 from moemerge.errors import RefusedError, RouterError
+from moemerge.passes.device_names import DEVICES, is_device
 
 # https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -19,6 +20,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         RefusedError: there is no such device.
     """
+    if not is_device(name):
+        raise RefusedError(f"device {name!r} cannot be used here: it is not one of {DEVICES}. Choose --device cpu.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -26,8 +29,6 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
-        if why.startswith("Expected one of"):
-            why = "it is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
         raise RefusedError(f"device {name!r} cannot be used here: {why}. Choose --device cpu.") from error
     return device
 
