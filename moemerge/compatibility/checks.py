@@ -186,10 +186,10 @@ def _read(config: Mapping[str, Any], name: str, problems: list[tuple[str, str]],
     return model
 
 
-def _quantised(model: DenseModel) -> str:
+def _quantised(model: DenseModel, shown_by: str = "") -> str:
     return (
-        f"is quantised ({model.quantised}), and of the methods of quantisation {', '.join(METHODS)} alone are read. "
-        "Use the original weights, or dequantise it"
+        f"is quantised ({model.quantised}), and of the methods of quantisation {', '.join(METHODS)} alone are read"
+        f"{shown_by}. Use the original weights, or dequantise it"
     )
 
 
@@ -203,7 +203,8 @@ def _check_quantisation(name: str, model: DenseModel, tensors: Mapping[str, Tens
             "plain numbers without scales, and is merged as such"
         )
     elif model.quantised not in METHODS:
-        found.problems.insert(0, f"{name}: {_quantised(model)}")
+        shown_by = found.problems[0].removeprefix(name)  # it is the cause of them all
+        found.problems[:] = [f"{name}: {_quantised(model, shown_by)}"]
 
 
 def _readable(
