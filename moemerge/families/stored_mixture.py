@@ -205,7 +205,10 @@ class StoredMixture:
 
 
 def number_of(name: str, mixture: StoredMixture) -> int | str:
-    """The number of one of a mixture's experts by its name or number; a returned text says why there is none."""
+    """The number of one of a mixture's experts by its name or, where none is called so, its number.
+
+    A returned text says why there is none.
+    """
     if name in mixture.names:
         return mixture.names.index(name)
     if name.isdecimal() and int(name) < mixture.experts:

@@ -1,14 +1,17 @@
 """References to experts of mixtures: in folders, on the Hub, with an adapter, and those that lead to none."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checkpoint.derived import read_values
 from moemerge.checks.verification import verify_merge
+from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import ConfigError, IncompatibleError, MoemergeError, NoSuchModelError
 from moemerge.evaluation.runnable import open_dense
 from moemerge.sources.model_folder import ModelFolder, open_model
@@ -79,6 +82,18 @@ def test_an_expert_is_run_as_a_baseline(llamas, mix):
         runnable.read("model.layers.0.mlp.up_proj.weight"),
         load_file(llamas[2] / SINGLE)["model.layers.0.mlp.up_proj.weight"],
     )
+
+
+def test_a_name_wins_over_a_number(tmp_path, llamas, mix):
+    shutil.copytree(mix, tmp_path / "mix")
+    config = tmp_path / "mix" / CONFIG_COPY
+    document = yaml.safe_load(config.read_text())
+    for expert, name in zip(document["experts"], ("1", "2", "chat"), strict=True):
+        expert["name"] = name
+    config.write_text(yaml.safe_dump(document))
+    name = "model.layers.0.mlp.up_proj.weight"
+    for called, model in {"0": 1, "1": 1, "2": 2, "chat": 3}.items():
+        assert torch.equal(values(f"{tmp_path / 'mix'}#{called}")[name], load_file(llamas[model] / SINGLE)[name])
 
 
 def test_a_folder_s_own_name_may_hold_the_mark(tmp_path):
