@@ -123,7 +123,10 @@ def models_as_markdown() -> str:
     from moemerge.families.known_models import known_models
 
     def cell(becomes: "Becomes") -> str:
-        letters = " ".join(_LETTERS[engine] for engine in becomes.right_in)
+        right, untried = (
+            " ".join(_LETTERS[engine] for engine in engines) for engines in (becomes.right_in, becomes.untried)
+        )
+        letters = " ".join(filter(None, [right, untried and f"({untried})"]))
         return f"`{becomes.family}` {letters or '-'}" if becomes.family else "none"
 
     table = [_BECOMES, tuple("---" for _ in _BECOMES)]
@@ -203,8 +206,9 @@ def print_families(console: "Console", rows: "list[FamilyRow]", kind: str) -> No
         for engine in row.engines:
             found = "" if engine.troubles else f" {engine.short}"
             console.print(f"    {engine.engine} ({engine.version}):{found}", markup=False)
-            for trouble in engine.troubles:
-                console.print(f"      - {trouble}", markup=False)
+            untried = [f"was not tried with {', '.join(engine.untried)}"] if engine.untried else []
+            for line in (*engine.troubles, *untried):
+                console.print(f"      - {line}", markup=False)
 
 
 def _cells(row: "FamilyRow", code: str = "") -> tuple[str, ...]:

@@ -111,6 +111,13 @@ def _source(piece: Piece) -> dict[str, Any]:
     }
 
 
+def _engines(plan: MergePlan) -> str:
+    """Say which engines compute the output rightly, and of which that is not known."""
+    right = ", ".join(["transformers 5", *(ENGINES[engine] for engine in plan.right_in)])
+    untried = ", ".join(ENGINES[engine] for engine in plan.shape.choice.untried)
+    return f"right in {right}{f'; not tried with {untried}' if untried else ''}"
+
+
 def print_plan(console: Console, plan: MergePlan) -> None:
     """Print the plan: its facts, where its tensors come from, and advice."""
     facts = Grid.grid(padding=(0, 2))
@@ -122,7 +129,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
         "experts": ", ".join(plan.config.expert_names),
         "parameters": f"{billions(plan.total_parameters)} in all, {billions(plan.active_parameters)} active per token",
         "disk": f"{size(plan.output_bytes)} in {len(plan.shards)} shard(s); {size(free)} free here",
-        "engines": f"right in {', '.join(['transformers 5', *(ENGINES[engine] for engine in plan.right_in)])}",
+        "engines": _engines(plan),
         "memory": f"about {size(plan.peak_memory_bytes)} at the peak",
         "copied": ", ".join(plan.copied_files) or "no tokenizer files: the base model has none",
     }

@@ -29,6 +29,8 @@ FACTS: Final = {
     "foreign_tokens": "other tokens than GLM's",
 }  # fmt: skip
 """Facts that set mixtures of a family apart, in words; where several explain as much, the first is named."""
+# Which scaling it is, other facts say.
+_TOLD_IN_DETAIL: Final = frozenset({"scaled_rope"})
 _BY_TANH: Final = ("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
 _ACTIVATIONS: Final = {"gelu": "gelu", **dict.fromkeys(_BY_TANH, "gelu_tanh")}
 # Distances of log-probabilities in float32: rounding makes 3e-4, GELU from a table 3e-3; faults make 1.
@@ -86,8 +88,12 @@ class Reading:
         found = [trouble for trouble in self.troubles if trouble.facts <= facts]
         if found:
             return max(found, key=lambda trouble: (trouble.is_silent, len(trouble.facts)))
-        untried = [FACTS[fact] for fact in FACTS if fact in facts - self.tried]
+        untried = self.untried(facts)
         return f"was not tried with {' or '.join(untried)}" if untried else None
+
+    def untried(self, facts: frozenset[str]) -> list[str]:
+        """Words for those of some facts of mixtures that the engine was not tried with."""
+        return [words for fact, words in FACTS.items() if fact in facts - self.tried - _TOLD_IN_DETAIL]
 
 
 def facts_of(base: DenseModel, mixture: Mixture) -> frozenset[str]:
@@ -106,7 +112,7 @@ def facts_of(base: DenseModel, mixture: Mixture) -> frozenset[str]:
         _ACTIVATIONS.get(base.hidden_act, "other_activation"): base.hidden_act != "silu",
     }
     held = base.facts | mixture.facts | {fact for fact, holds in said.items() if holds}
-    return frozenset(fact for fact in FACTS if fact in held) - {"scaled_rope"}
+    return frozenset(fact for fact in FACTS if fact in held) - _TOLD_IN_DETAIL
 
 
 def trouble_of(engine: Engine, family: str, facts: frozenset[str]) -> Trouble | str | None:

@@ -109,6 +109,8 @@ class Becomes:
     family: str
     """Empty where no family holds it."""
     right_in: tuple[Engine, ...] = ()
+    untried: tuple[Engine, ...] = ()
+    """Engines that were not tried with such a mixture."""
 
 
 @dataclass(frozen=True)
@@ -145,4 +147,4 @@ def _becomes(config: dict[str, Any], shared: int, layers: tuple[int, ...]) -> Be
         choice = select_family(base, Mixture(base.layers, width, (width,) * 4, (width,) * shared, 2, layers, {}))
     except IncompatibleError:
         return Becomes("")
-    return Becomes(choice.family.model_type, choice.right_in)
+    return Becomes(choice.family.model_type, choice.right_in, choice.untried)

@@ -46,6 +46,8 @@ class EngineCell:
     """`right`, `wrong`, `fails`, `not tried`, `not written` (as a GGUF file), or facts with which it is not right."""
     troubles: tuple[str, ...]
     """Every trouble in full: how far off, or with what message, and with what facts; empty where it is right."""
+    untried: tuple[str, ...] = ()
+    """Facts of models that the family holds, and that the engine was not tried with; empty where it always fails."""
 
 
 @dataclass(frozen=True)
@@ -99,23 +101,25 @@ def _plainest(family: DenseFamily) -> DenseModel:
     return model
 
 
-def _engines(model_type: str, *, in_gguf: bool = True) -> Iterator[EngineCell]:
-    """Yield how each engine reads the family, as measured."""
+def _engines(model_type: str, family: MoeFamily) -> Iterator[EngineCell]:
+    """Yield how each engine reads the family, or a class around it, as measured."""
     for engine, name in ENGINES.items():
         found = readings()[engine].get(model_type)
         if found is None:
             version = next(iter(readings()[engine].values())).version
             yield EngineCell(name, version, "not tried", ())
             continue
-        short = "right"
+        short, untried = "right", found.untried(family.holds)
         if found.troubles:
             always = next((trouble for trouble in found.troubles if not trouble.facts), None)
             short = "not with " + "; ".join(trouble.with_what for trouble in found.troubles)
             if always:
-                short = "wrong" if always.is_silent else "fails"
-        is_written = engine != "llamacpp" or in_gguf
-        troubles = [trouble.words for trouble in found.troubles if is_written]
-        yield EngineCell(name, found.version, short if is_written else "not written", tuple(troubles))
+                short, untried = "wrong" if always.is_silent else "fails", []
+        if engine == "llamacpp" and not family.in_gguf:
+            yield EngineCell(name, found.version, "not written", ())
+        else:
+            troubles = tuple(trouble.words for trouble in found.troubles)
+            yield EngineCell(name, found.version, short, troubles, tuple(untried))
 
 
 def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
@@ -134,14 +138,13 @@ def _row(family: MoeFamily, models: list[DenseModel]) -> FamilyRow:
         shared=shared,
         dense_layers=_DENSE_LAYERS[family.dense_layers],
         scoring=family.scoring + (", with a selection bias" if family.selection_bias else ""),
-        engines=tuple(_engines(family.model_type, in_gguf=family.in_gguf)),
+        engines=tuple(_engines(family.model_type, family)),
         notes=family.notes,
     )
 
 
 def _row_around(text: FamilyRow, dense: str, mixture: VisionMixture) -> FamilyRow:
     """A multimodal class around a family, given the family's row and the class with a dense text model."""
-    in_gguf = MOE_FAMILIES[mixture.family].in_gguf
-    engines = tuple(_engines(mixture.model_type, in_gguf=in_gguf))
+    engines = tuple(_engines(mixture.model_type, MOE_FAMILIES[mixture.family]))
     note = f"{mixture.model_type} is written with `keep_vision: true`; engines were asked about text, without images"
     return replace(text, family=mixture.model_type, takes=(dense,), engines=engines, notes=(note,))

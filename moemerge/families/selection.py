@@ -44,6 +44,8 @@ class Choice:
     family: MoeFamily
     right_in: tuple[Engine, ...]
     """The engines that compute such a mixture as transformers 5 does."""
+    untried: tuple[Engine, ...]
+    """The engines of which that is not known, since they were not tried with such a mixture."""
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     """Warnings of engines that silently compute something else."""
@@ -153,6 +155,7 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
     model_type = inside or family.model_type
     troubles = {engine: trouble_of(engine, model_type, facts) for engine in ENGINES}
     right = tuple(engine for engine, trouble in troubles.items() if trouble is None)
+    untried = tuple(engine for engine, trouble in troubles.items() if isinstance(trouble, str))
     if family.in_gguf and _is_same_kind(troubles["converter"], troubles["llamacpp"]):
         del troubles["converter"]
     told = {engine: trouble for engine, trouble in troubles.items() if isinstance(trouble, Trouble)}
@@ -164,7 +167,7 @@ def _choice(family: MoeFamily, base: DenseModel, facts: frozenset[str], notes: l
         for fact, note in base.family.notes
         if not fact or fact in base.facts
     ]
-    return Choice(family, right, tuple(notes), tuple(warnings))
+    return Choice(family, right, untried, tuple(notes), tuple(warnings))
 
 
 def _in_full(engine: Engine, trouble: Trouble, model_type: str) -> str:

@@ -9,6 +9,7 @@ import transformers
 
 from moemerge import load_config, merge, plan_merge
 from moemerge.checks.verification import verify_merge
+from moemerge.engines import ENGINES
 from moemerge.errors import RefusedError
 from moemerge.evaluation.runnable import open_dense
 from moemerge.evaluation.running import run_model
@@ -162,6 +163,17 @@ def test_a_mixture_takes_more_such_experts(tmp_path, run):
     assert len(stacks) == 6
     assert all(torch.equal(found[name], expected[name]) for name in stacks)
     load(tmp_path / "more")
+
+
+def test_engines_that_were_not_tried_with_them_are_named(tmp_path, run):
+    made = models(tmp_path)
+    path = write_config(tmp_path / "m.yaml", made[0], made[1:], prompts=False)
+    untried = [ENGINES[engine] for engine in plan_merge(load_config(path)).shape.choice.untried]
+    assert "vLLM" in untried
+    printed = " ".join(run("plan", path)[1].split())
+    assert f"engines right in transformers 5; not tried with {', '.join(untried)} memory" in printed
+    facts = "head_dim of its own, embeddings for each layer, layers that share keys and values, FFNs of two widths"
+    assert f"): right\n      - was not tried with {facts}\n" in run("families", "gemma4_text")[1]
 
 
 def test_gguf_files_are_not_written_of_them(tmp_path):

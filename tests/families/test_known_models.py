@@ -29,7 +29,7 @@ def test_plans_say_what_the_table_says(tmp_path, name, model_type, sizes):
         config = write_config(tmp_path / "merge.yaml", base, [expert, base], prompts=False, **keys)
         try:
             choice = plan_merge(load_config(config)).shape.choice
-            found = Becomes(choice.family.model_type, choice.right_in)
+            found = Becomes(choice.family.model_type, choice.right_in, choice.untried)
         except IncompatibleError:
             found = Becomes("")
         assert found == getattr(ROWS[name], told)
