@@ -17,6 +17,7 @@ from moemerge.planning.shape import Shape
 from moemerge.planning.shared_choice import MIXED, TOKENS
 from moemerge.routers.prompts import LONGEST_START, NEW_TOKENS, SEQUENCES
 from moemerge.sources.reference import Reference
+from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE
 
 # Resident memory beside the data, measured on Linux with torch 2.13 and transformers 5.23: the program alone, what
 # torch with transformers, and what the classes and threads of a pass add to it.
@@ -27,6 +28,8 @@ _PASS_BYTES: Final = 110_000_000
 _HUB_BYTES: Final = 50_000_000
 # s3fs with its libraries, and 8 requests of 8 MiB at a time, each held twice.
 _STORE_BYTES: Final = 220_000_000
+# s3fs with its libraries, and what it sends at a time, held twice, measured with 2 and 4 parts of 8 and 16 MiB.
+_UPLOAD_BYTES: Final = 50_000_000 + 2 * PART_BYTES * PARTS_AT_ONCE
 # Bytes that loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
 # A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
@@ -37,11 +40,12 @@ _HEAD_COPIES: Final = 3
 
 
 def peak_memory_bytes(
-    config: MergeConfig, models: Models, shape: Shape, parts: Parts, outputs: Mapping[str, Output]
+    config: MergeConfig, models: Models, shape: Shape, parts: Parts, outputs: Mapping[str, Output], *, to_store: bool
 ) -> int:
     """Estimate the peak of resident memory in bytes: libraries, one layer for the pass over the prompts, and matrices.
 
-    Matrices are held as a whole where they are transposed, or dequantised from columns.
+    Matrices are held as a whole where they are transposed, or dequantised from columns. With `to_store`, the output is
+    sent to an object store.
     """
     layer = _largest_layer_bytes(parts.base)
     chooses = config.shared_weights.is_open
@@ -57,6 +61,7 @@ def peak_memory_bytes(
         _PROGRAM_BYTES
         + _HUB_BYTES * on_hub
         + _STORE_BYTES * in_store
+        + _UPLOAD_BYTES * to_store
         + _matrix_bytes(outputs, CONNECTIONS if on_hub or in_store else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers
         + _TOKENIZER_FACTOR * tokenizer_bytes * (2 if makes_tokenizer else reads_prompts)

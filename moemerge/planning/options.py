@@ -26,6 +26,8 @@ class PlanOptions:
     Where its file system can share blocks with the sources', shards are laid out for that; this is tried with an
     unnamed temporary file.
     """
+    to_store: bool = False
+    """Whether the output will be sent to an object store, whose client then takes memory, too."""
     weights: Literal["auto", "stream"] = "auto"
     """How weights of Hub models that are not in the cache are read.
 

@@ -67,6 +67,8 @@ class MergePlan:
     remarks: Remarks
     compared_bytes: int
     """Bytes that the plan has read from other machines to compare the experts with the base."""
+    to_store: bool
+    """Whether the output will be sent to an object store."""
     remake: Callable[[MergeConfig], "MergePlan"] = field(repr=False, compare=False)
     """A function that plans the same models, in the same shape, with other shared weights."""
     shared_choice: SharedChoice | None = None
@@ -284,7 +286,7 @@ class MergePlan:
     @property
     def peak_memory_bytes(self) -> int:
         """Estimated peak of resident memory in bytes."""
-        return peak_memory_bytes(self.config, self.models, self.shape, self.parts, self.outputs)
+        return peak_memory_bytes(self.config, self.models, self.shape, self.parts, self.outputs, to_store=self.to_store)
 
     @property
     def pass_work(self) -> PassWork | None:

@@ -92,6 +92,7 @@ def _plan(  # noqa: PLR0917  the results of all steps
         origins=origins_of(config, models, shape, assembled),
         remarks=_remarks(config, shape, checked, assembled, layout),
         compared_bytes=checked.judgement.compared_bytes,
+        to_store=options.to_store,
         remake=remake,
     )
 

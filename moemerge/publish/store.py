@@ -23,7 +23,7 @@ from moemerge.sources.reference import Location
 from moemerge.sources.remote_weights import TEMPLATES
 from moemerge.sources.retries import Patience, Result
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
-from moemerge.sources.stores import Stored, StoreFolder, explained, may_pass
+from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE, Stored, StoreFolder, explained, may_pass
 
 # Without these no reader takes a folder for a model, so they come last and go first.
 _SEALS: Final = ("config.json", SAFETENSORS_INDEX)
@@ -31,8 +31,7 @@ _SEALS: Final = ("config.json", SAFETENSORS_INDEX)
 _OURS: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _TEMPLATE: Final = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _OTHERS: Final = frozenset({*COPIED_FILES, *_SEALS, CARD, CONFIG_COPY, COMPLETE, UNFINISHED})
-# Of a file in parts, what is in memory at a time: so many parts of so many bytes.
-_PARTS: Final[Mapping[str, Mapping[str, int]]] = {"s3": {"chunksize": 16 * 2**20, "max_concurrency": 4}}
+_PARTS: Final[Mapping[str, Mapping[str, int]]] = {"s3": {"chunksize": PART_BYTES, "max_concurrency": PARTS_AT_ONCE}}
 _READ_BYTES: Final = 2**20
 
 

@@ -30,6 +30,10 @@ _CREDENTIALS: Final = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`",
     "file": "the permissions of the folder",
 }
+PART_BYTES: Final = 16 * 2**20
+"""A large file is sent to S3 in parts of so many bytes."""
+PARTS_AT_ONCE: Final = 4
+"""So many of them are in memory."""
 # Errors of botocore, aiohttp and fsspec on the way; those of sockets are below most of them.
 _ON_THE_WAY: Final = frozenset(
     {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "FSTimeoutError"}

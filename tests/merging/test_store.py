@@ -17,6 +17,7 @@ from moemerge.publish import store as publish_store
 from moemerge.publish.store import StoreOutput
 from moemerge.sources.reference import location_of
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
+from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE
 from tests.support.machine import ROOT, SINGLE
 from tests.support.models import write_config
 
@@ -200,6 +201,25 @@ def test_a_large_file_is_sent_in_parts(bucket, tmp_path, monkeypatch):
     assert output.send(tmp_path / "large") == hashlib.sha256(content).hexdigest()
     assert len([c for c in bucket.server.calls if c.method == "PUT" and c.key == "out/large"]) == 3
     assert bucket.files("out") == {"large": content}
+
+
+def test_the_plan_counts_the_memory_of_what_is_sent(bucket, config, tmp_path, run):
+    alone, to_store = (
+        json.loads(run(config, out, "--dry-run", "--json")[1])["peak_memory_bytes"]
+        for out in (tmp_path / "out", bucket.url("out"))
+    )
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(PART_BYTES * PARTS_AT_ONCE)
+    code = (
+        "import sys; from moemerge.publish.store import StoreOutput; from moemerge.sources.reference import location_of;"
+        "from pathlib import Path; peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status')"
+        " if line.startswith('VmHWM')); before = peak();"
+        "StoreOutput(location_of(sys.argv[1]), print).send(Path(sys.argv[2])); print(1024 * (peak() - before))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", code, bucket.url("out"), str(tmp_path / "large")]
+    taken = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert 0.9 * taken < to_store - alone < 1.3 * taken
 
 
 def test_a_store_that_takes_nothing_says_so_before_the_work(bucket, config, run):
