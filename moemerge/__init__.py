@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from moemerge.evaluation.figures import Estimate, Evaluation
     from moemerge.evaluation.routes.traced import Routes, TracedText
     from moemerge.evaluation.routes.tracer import trace_routes
-    from moemerge.evaluation.settings import EvaluationSettings
+    from moemerge.evaluation.settings import EvaluationSettings, TraceSettings
     from moemerge.merging.merger import merge
     from moemerge.merging.options import MergeOptions
     from moemerge.planning.options import PlanOptions
@@ -88,6 +88,7 @@ __all__ = [
     "SearchSettings",
     "SourceError",
     "TooLargeError",
+    "TraceSettings",
     "TracedText",
     "TuningResult",
     "TuningSettings",
@@ -123,6 +124,7 @@ _HOMES = {
     "RoutingReport": "routers.report:RoutingReport",
     "SearchResult": "searching.results:SearchResult",
     "SearchSettings": "searching.settings:SearchSettings",
+    "TraceSettings": "evaluation.settings:TraceSettings",
     "TracedText": "evaluation.routes.traced:TracedText",
     "TuningResult": "tuning.settings:TuningResult",
     "TuningSettings": "tuning.settings:Settings",

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Final
 
@@ -20,7 +21,10 @@ from moemerge.cli.options import (
     ChatRoles,
     ComputeIn,
     Devices,
+    Ray,
     ResultOptions,
+    Workers,
+    check_processes,
     check_text,
     named_roles,
 )
@@ -69,6 +73,8 @@ class TracingOptions:
     chat_roles: ChatRoles = ROLES_OF_CHATS
     device: Devices = "auto"
     compute_dtype: ComputeIn = "auto"
+    ray: Ray = None
+    workers: Workers = None
 
 
 @grouped
@@ -95,6 +101,7 @@ def show_routes(
     """
     quiet = messages.quiet
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
+        check_processes(tracing.ray, tracing.workers, tracing.device)
         texts = _read_texts(console, given)
         if html:
             from moemerge.evaluation.routes.page import PAGE
@@ -124,19 +131,20 @@ def _trace(
     """Run the model over the texts, and show how far that is."""
     from moemerge.cli.progress import show_work
     from moemerge.evaluation.routes.tracer import trace_routes
+    from moemerge.evaluation.settings import TraceSettings
 
+    settings = TraceSettings(
+        tracing.max_tokens,
+        layer,
+        named_roles(tracing.chat_roles),
+        tracing.device,
+        tracing.compute_dtype,
+        tracing.ray,
+        tracing.workers,
+    )
     with show_work(console, quiet=quiet) as progress:
         report = stoppable(progress)
-        return trace_routes(
-            out,
-            texts,
-            tokens=tracing.max_tokens,
-            layer=layer,
-            roles=named_roles(tracing.chat_roles),
-            device=tracing.device,
-            compute_dtype=tracing.compute_dtype,
-            progress=lambda done, of: report(Task("routes"), done, of),
-        )
+        return trace_routes(out, texts, settings, progress=partial(report, Task("routes")))
 
 
 def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:

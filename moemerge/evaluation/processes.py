@@ -36,6 +36,7 @@ class _Work:
 
     model: Runnable
     mixture: MixtureModel | None
+    losses: bool
 
 
 class _Worker:
@@ -55,7 +56,7 @@ def _run_part(
 ) -> tuple[list[float], ChoiceTally | None]:
     """Run a model over some windows; returns their losses, and the tally."""
     chosen = tally.add if tally else _ignore
-    losses = run_model(work.model, windows, compute, mixture=work.mixture, chosen=chosen)
+    losses = run_model(work.model, windows, compute, mixture=work.mixture, chosen=chosen, losses=work.losses)
     return losses.tolist(), tally
 
 
@@ -122,6 +123,8 @@ def run_windows(  # noqa: PLR0917
     mixture: MixtureModel | None,
     tally: ChoiceTally | None,
     progress: Callable[[int, int], None],
+    *,
+    losses: bool = True,
 ) -> torch.Tensor:
     """Compute losses as `run_model` does, in this process or in several.
 
@@ -133,6 +136,7 @@ def run_windows(  # noqa: PLR0917
         mixture: the mixture that `model` is, if its choices are to be counted.
         tally: counts them.
         progress: called with the layers done and all there are; with processes, those that are done and all.
+        losses: whether losses are wanted; else they are 0.
 
     Raises:
         CheckpointError: the tensors do not fit the class, or numbers are not finite; says where that began.
@@ -140,9 +144,9 @@ def run_windows(  # noqa: PLR0917
         MoemergeError: a process failed, and so did those that took its place.
     """
     if processes:
-        return processes.run(_Work(model, mixture), windows, tally, progress)
+        return processes.run(_Work(model, mixture, losses), windows, tally, progress)
     chosen = tally.add if tally else _ignore
-    return run_model(model, windows, compute, mixture=mixture, chosen=chosen, progress=progress)
+    return run_model(model, windows, compute, mixture=mixture, chosen=chosen, progress=progress, losses=losses)
 
 
 @contextmanager

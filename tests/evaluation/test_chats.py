@@ -14,7 +14,7 @@ from moemerge.evaluation.evaluator import evaluate, read_domains
 from moemerge.evaluation.figures import MERGED
 from moemerge.evaluation.routes.tracer import trace_routes
 from moemerge.evaluation.runnable import open_mixture
-from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.evaluation.settings import EvaluationSettings, TraceSettings
 from moemerge.texts.documents import read_documents
 from moemerge.tuning.batches import Batches
 from moemerge.tuning.settings import Settings, split_documents
@@ -74,7 +74,7 @@ def test_routes_shows_the_messages_one_under_the_other(out, chats):
     asked, answered = (message.content for message in chat.messages)
     (found,) = trace_routes(out, {"a": chat}).texts
     assert "".join(found.tokens) == f"{asked}\n{answered}".replace("\n ", "\n")
-    (found,) = trace_routes(out, {"a": chat}, roles=("assistant",)).texts
+    (found,) = trace_routes(out, {"a": chat}, TraceSettings(roles=("assistant",))).texts
     assert "".join(found.tokens) == answered
 
 

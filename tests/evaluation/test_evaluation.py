@@ -22,7 +22,7 @@ from moemerge.evaluation.evaluator import evaluate
 from moemerge.evaluation.routes.tracing import trace
 from moemerge.evaluation.runnable import open_dense, open_mixture
 from moemerge.evaluation.running import run_model
-from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.evaluation.settings import EvaluationSettings, TraceSettings
 from moemerge.families.dense import read_dense
 from moemerge.families.selection import MOE_FAMILIES
 from moemerge.merging.options import MergeOptions
@@ -461,18 +461,18 @@ def test_a_router_that_is_not_finite_is_refused(tmp_path, out, data):
 
 def test_tokens_give_the_text_back(out):
     texts = {"a": LINES[0], "b": "Le  chat\n\tdort "}
-    routes = trace(out, texts, tokens=500, device="cpu")
+    routes = trace(out, texts, TraceSettings(500, device="cpu"))
     for text, traced in zip(texts.values(), routes.texts, strict=True):
         assert "".join(traced.tokens) == text.rstrip(" ") or "".join(traced.tokens) == text
         assert traced.experts.shape == traced.weights.shape == (3, len(traced.tokens), 2)
         assert np.allclose(traced.weights.sum(axis=2), 1, atol=1e-5)
     assert routes.layers == (0, 1, 2)
-    cut = trace(out, texts, tokens=6, device="cpu")
+    cut = trace(out, texts, TraceSettings(6, device="cpu"))
     assert cut.texts[0].tokens == routes.texts[0].tokens[:5]  # and BOS
 
 
 def test_routes_are_those_of_the_model(out):
-    routes = trace(out, {"a": LINES[0]}, tokens=500, device="cpu")
+    routes = trace(out, {"a": LINES[0]}, TraceSettings(500, device="cpu"))
     model = load(out)
     ids = transformers.AutoTokenizer.from_pretrained(out)(LINES[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -556,7 +556,7 @@ def test_routes_says_how_many_documents_it_leaves_out(tmp_path, out, monkeypatch
 
 def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
     text = f"{LINES[0]}\n" * 2000
-    whole = trace(out, {"a": text[:4000]}, tokens=100, device="cpu").texts[0]
+    whole = trace(out, {"a": text[:4000]}, TraceSettings(100, device="cpu")).texts[0]
     seen = []
     given = transformers.PreTrainedTokenizerFast.__call__
     with pytest.MonkeyPatch.context() as patch:
@@ -565,7 +565,7 @@ def test_of_a_long_text_no_more_is_tokenised_than_is_read(out):
             "__call__",
             lambda self, text, **keys: (seen.append(len(text)), given(self, text, **keys))[1],
         )
-        found = trace(out, {"a": text}, tokens=100, device="cpu").texts[0]
+        found = trace(out, {"a": text}, TraceSettings(100, device="cpu")).texts[0]
     assert found.tokens == whole.tokens
     assert seen == [6400]
 
@@ -720,7 +720,7 @@ def test_a_selection_bias_that_is_not_finite_is_refused(tmp_path):
     out = merged(tmp_path, folders, architecture="glm4_moe")
     damage(out, "model.layers.1.mlp.gate.e_score_correction_bias", (1,))
     with pytest.raises(CheckpointError) as caught:
-        trace(out, {"a": LINES[0]}, tokens=50, device="cpu")
+        trace(out, {"a": LINES[0]}, TraceSettings(50, device="cpu"))
     assert str(caught.value) == (
         f"{out}: model.layers.1.mlp.gate.e_score_correction_bias holds 1 number that is infinite or NaN, at [1]."
     )
@@ -731,7 +731,7 @@ def test_the_head_is_looked_at_a_few_tokens_at_a_time(out, monkeypatch):
     seen, given = [], head.finish
     monkeypatch.setattr(running, "_TOKENS", 10)
     monkeypatch.setattr(head, "finish", lambda *args: (seen.append(args[3].states.shape[1]), given(*args))[1])
-    routes = trace(out, {"a": LINES[0], "b": "Le chat"}, tokens=50, device="cpu")
+    routes = trace(out, {"a": LINES[0], "b": "Le chat"}, TraceSettings(50, device="cpu"))
     long, short = (1 + len(text.tokens) for text in routes.texts)  # with the BOS
     assert (long, short) == (26, 3)
     assert seen == [3, 10, 10, 6]

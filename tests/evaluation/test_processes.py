@@ -52,19 +52,33 @@ def same(found: object, expected: object) -> bool:
     return found == (pytest.approx(expected, rel=1e-4, abs=1e-6) if isinstance(expected, float) else expected)
 
 
-@pytest.mark.parametrize("command", ["eval", "analyze", "prune"])
+@pytest.mark.parametrize("command", ["eval", "routes", "analyze", "prune"])
 def test_commands_find_by_processes_what_they_find_alone(run, world, tmp_path, monkeypatch, command):
     words = [command, world / "out", *([tmp_path / "pruned", "--keep=2", "--dry-run"] if command == "prune" else [])]
-    words += [f"--data={name}={path}" for name, (path,) in data(world).items()]
-    words += ["--device=cpu", "--compute-dtype=float32", "--window=60", "--max-tokens=1500", "--json", "-q"]
+    if command == "routes":
+        words += [f"--file={path}" for (path,) in data(world).values()]
+    else:
+        words += [f"--data={name}={path}" for name, (path,) in data(world).items()] + ["--window=60"]
+    words += ["--device=cpu", "--compute-dtype=float32", "--max-tokens=1500", "--json", "-q"]
     code, alone, _ = run(*words)
     ray = RayHere()
     monkeypatch.setitem(sys.modules, "ray", ray)  # which is looked for before models are opened
     monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
     assert (code, ray.made) == (0, 0)
     code, shared, _ = run(*words, "--ray=local", "--workers=3")
-    assert (code, ray.made, ray.killed) == (0, *[{"eval": 3, "analyze": 3, "prune": 6}[command]] * 2)
+    assert (code, ray.made, ray.killed) == (0, *[{"prune": 6}.get(command, 3)] * 2)
     assert same(json.loads(shared), json.loads(alone))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_texts_are_coloured_by_processes_as_by_one(run, world, monkeypatch, workers):
+    words = ["routes", world / "out", f"--file={world / 'fox.txt'}", "--text=A short one", "--compute-dtype=float32"]
+    alone = run(*words, "-q")
+    ray = RayHere()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
+    assert run(*words, "-q", "--ray=local", f"--workers={workers}") == alone
+    assert (alone[0], ray.made, ray.killed) == (0, workers, workers)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -123,6 +137,7 @@ def test_options_that_do_not_fit_each_other_are_refused(run, world, tmp_path, op
     text = f"--data=fox={world / 'fox.txt'}"
     for words in (
         ("eval", world / "out", text),
+        ("routes", world / "out", "--text=The fox"),
         ("analyze", world / "out", text),
         ("prune", world / "out", tmp_path / "out", text, "--keep=2"),
     ):
@@ -137,13 +152,16 @@ def test_text_of_routers_is_shared_only_by_processes(run, world, tmp_path):
     )
 
 
-# A merge in the paths of the command line is evaluated alone, by three processes, and by two of which one is killed.
+# A merge in the paths of the command line is evaluated alone, by three processes, and by two of which one is killed;
+# so are the choices of its routers traced.
 _PROGRAM = """
 import json, os, signal, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from moemerge.evaluation import measuring
 from moemerge.evaluation.evaluator import evaluate
+from moemerge.evaluation.routes import tracing
+from moemerge.evaluation.settings import TraceSettings
 from tests.evaluation.test_processes import SETTINGS, data, killing
 
 world = Path(sys.argv[1])
@@ -152,7 +170,12 @@ found = [evaluate(world / "out", data(world), SETTINGS)]
 found.append(evaluate(world / "out", data(world), replace(SETTINGS, ray="local", workers=3)))
 measuring.open_mixture = lambda folder, **keys: killing(given(folder, **keys), world / "killed")
 found.append(evaluate(world / "out", data(world), replace(SETTINGS, ray="local", workers=2)))
-print(json.dumps([asdict(one) for one in found]))
+texts = {name: Path(path).read_text() for name, (path,) in data(world).items()}
+given, traced = tracing.open_mixture, [tracing.trace(world / "out", texts, TraceSettings(200))]
+tracing.open_mixture = lambda folder: killing(given(folder), world / "killed for routes")
+traced += [tracing.trace(world / "out", texts, TraceSettings(200, ray="local", workers=2))]
+traced = [[[text.experts.tolist(), text.weights.tolist()] for text in routes.texts] for routes in traced]
+print(json.dumps([[asdict(one) for one in found], traced]))
 """
 
 
@@ -175,8 +198,10 @@ def test_processes_of_ray_find_what_one_finds_though_one_is_killed(world):
     command = [sys.executable, "-c", _PROGRAM, str(world)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    alone, three, killed = json.loads(done.stdout.splitlines()[-1])
+    (alone, three, killed), routes = json.loads(done.stdout.splitlines()[-1])
     assert (world / "killed").exists()
+    assert (world / "killed for routes").exists()
+    assert same(routes[1], routes[0])
     for shared in (three, killed):
         for model, of in alone["losses"].items():
             for name, loss in of.items():

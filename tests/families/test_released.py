@@ -16,6 +16,7 @@ from moemerge.evaluation.baselines import uniform
 from moemerge.evaluation.routes.tracing import trace
 from moemerge.evaluation.runnable import open_mixture
 from moemerge.evaluation.running import run_model
+from moemerge.evaluation.settings import TraceSettings
 from moemerge.families.choosing import Choosing, choosing
 from moemerge.families.in_memory import released_layout
 from moemerge.families.released import READABLE
@@ -102,7 +103,7 @@ def test_the_uniform_mixture_has_all_experts_of_all_groups(tmp_path, name):
 
 def test_routes_of_layers_with_fewer_experts_per_token_have_weights_of_0(tmp_path):
     folder = make_mixture(tmp_path / "made", "hunyuan_v1_moe", moe_topk=[2, 1, 2])
-    (traced,) = trace(folder, {"text": "The quick brown fox"}, tokens=32, device="cpu").texts
+    (traced,) = trace(folder, {"text": "The quick brown fox"}, TraceSettings(32, device="cpu")).texts
     assert traced.experts.shape == traced.weights.shape == (3, len(traced.tokens), 2)
     assert (traced.weights[1] == [1, 0]).all()
     assert (traced.weights[[0, 2]] > 0).all()

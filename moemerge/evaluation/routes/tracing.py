@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from moemerge.chats import COUNTED_ROLES, Chat, Document, shortened
-from moemerge.dtypes import ComputeDtype
+from moemerge.chats import Chat, Document, shortened
 from moemerge.errors import RefusedError
 from moemerge.evaluation.choices import Choice
+from moemerge.evaluation.processes import processes_of, run_windows
 from moemerge.evaluation.routes.traced import Routes, TracedText
 from moemerge.evaluation.runnable import open_mixture
-from moemerge.evaluation.running import run_model
+from moemerge.evaluation.settings import TraceSettings
 from moemerge.passes.chats import encode_chat
 from moemerge.passes.compute_dtype import find_compute
 from moemerge.passes.tokens import CHARACTERS_PER_TOKEN, Window, load_tokenizer
@@ -21,27 +22,22 @@ from moemerge.routers.scoring import widened
 def trace(
     folder: Path | str,
     texts: Mapping[str, Document],
-    *,
-    tokens: int,
-    device: str,
-    compute_dtype: ComputeDtype = "auto",
-    roles: Sequence[str] = COUNTED_ROLES,
-    layer: int | None = None,
+    settings: TraceSettings,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Routes:
     """Run a merged model over texts and keep what its routers choose: see `moemerge.evaluation.routes.tracer`."""
     mixture = open_mixture(folder)
     layers = mixture.moe_layers
-    if layer is not None and layer not in layers:
-        raise RefusedError(f"layer {layer} has no router; those with one: {', '.join(map(str, layers))}.")
-    tokens = min(tokens, mixture.runnable.keys.get("max_position_embeddings", tokens))
+    if settings.layer is not None and settings.layer not in layers:
+        raise RefusedError(f"layer {settings.layer} has no router; those with one: {', '.join(map(str, layers))}.")
+    tokens = min(settings.tokens, mixture.runnable.keys.get("max_position_embeddings", settings.tokens))
     tokenizer = load_tokenizer(mixture.folder)
     windows: list[Window] = []
     pieces: list[tuple[str, ...]] = []
     for name, text in texts.items():
         document = shortened(text, CHARACTERS_PER_TOKEN * tokens)
         if isinstance(document, Chat):
-            chat = encode_chat(tokenizer, mixture.folder, document, roles)
+            chat = encode_chat(tokenizer, mixture.folder, document, settings.roles)
             ids, special, parts = chat.ids, chat.special, chat.parts
         else:
             ids, special, parts = _split(tokenizer, document)
@@ -49,33 +45,49 @@ def trace(
             raise RefusedError(f"{name}: the model's tokenizer finds no tokens in it.")
         windows.append(Window(len(windows), tuple(ids[:tokens]), tuple(not added for added in special[:tokens])))
         pieces.append(tuple(part for part, added in zip(parts[:tokens], special[:tokens], strict=True) if not added))
-    kept: list[dict[int, Choice]] = [{} for _ in windows]
-    run_model(
-        mixture.runnable,
-        windows,
-        find_compute(device, compute_dtype, mixture.runnable.layer_shapes),
-        mixture=mixture,
-        losses=False,
-        progress=progress,
-        chosen=lambda choice: kept[choice.window].update({choice.layer: choice}),
-    )
+    compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
+    kept = _Choices(windows)
+    with processes_of(settings.ray, settings.workers, compute) as processes:
+        run_windows(mixture.runnable, windows, compute, processes, mixture, kept, progress, losses=False)
     traced = tuple(
-        _traced(name, tokens_of, window, [choices[layer] for layer in layers])
-        for name, tokens_of, window, choices in zip(texts, pieces, windows, kept, strict=True)
+        _traced(name, tokens_of, [choices[layer] for layer in layers])
+        for name, tokens_of, choices in zip(texts, pieces, kept.by_layer, strict=True)
     )
     return Routes(Path(folder).resolve().name, mixture.experts, tuple(layers), traced)
 
 
-def _traced(name: str, tokens: tuple[str, ...], window: Window, choices: Sequence[Choice]) -> TracedText:
-    """Put a text's tokens together with the choices of each layer, without those of special tokens."""
-    counted = np.array(window.counted)
-    most = max(choice.experts.shape[1] for choice in choices)
-    even = [widened(choice.weights, choice.experts, most) for choice in choices]
+class _Choices:
+    """Keeps what routers choose for the tokens that count; see `ChoiceTally`."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._windows = windows
+        self.by_layer: list[dict[int, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in windows]
+        """The weights and the chosen experts (token, choice) of each window, by layer."""
+
+    def add(self, choice: Choice) -> None:
+        """Keep the choices of a layer for a window."""
+        counted = torch.tensor(self._windows[choice.window].counted)
+        self.by_layer[choice.window][choice.layer] = choice.weights[counted], choice.experts[counted]
+
+    def part(self, windows: Sequence[int]) -> "_Choices":
+        """Make what keeps those of some of the windows."""
+        return _Choices([self._windows[window] for window in windows])
+
+    def join(self, part: "_Choices", windows: Sequence[int]) -> None:
+        """Take over what a part has kept."""
+        for window, found in zip(windows, part.by_layer, strict=True):
+            self.by_layer[window] = found
+
+
+def _traced(name: str, tokens: tuple[str, ...], choices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> TracedText:
+    """Put a text's tokens together with the weights and experts of each layer."""
+    most = max(experts.shape[1] for _, experts in choices)
+    even = [widened(weights, experts, most) for weights, experts in choices]
     return TracedText(
         name,
         tokens,
-        np.stack([experts.numpy()[counted] for _, experts in even]),
-        np.stack([weights.numpy()[counted] for weights, _ in even]),
+        np.stack([experts.numpy() for _, experts in even]),
+        np.stack([weights.numpy() for weights, _ in even]),
     )
 
 
