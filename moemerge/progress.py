@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Unit = Literal["bytes", "layers", "steps", "tensors", "tokens"]
+Unit = Literal["bytes", "layers", "parts", "steps", "tensors", "tokens"]
 Stage = Literal[
     "shared weights",
     "text",
@@ -46,10 +46,13 @@ class Task:
     name: str = ""
     """Name of the expert or model that it is about; empty where there is one task of this stage."""
 
+    in_parts: bool = False
+    """Whether several processes have a part of it each, which its amounts count."""
+
     @property
     def unit(self) -> Unit:
         """What its amounts count."""
-        return UNITS[self.stage]
+        return "parts" if self.in_parts else UNITS[self.stage]
 
     def __str__(self) -> str:
         return f"{self.stage} of {self.name}" if self.name else self.stage

@@ -53,7 +53,7 @@ def analyze_text(
     if generate:  # refused before what takes long
         check_memory(mixture.runnable, compute, free_memory(compute.device))
     tally = _Tally(mixture, texts)
-    told = partial(progress, Task("layers", "the whole mixture"))
+    told = partial(progress, Task("layers", "the whole mixture", in_parts=processes is not None))
     measure_by_layer(mixture, texts, compute, _Measure, tally.add, told, processes)
     load, made = generated_load(mixture, texts, compute, generate, progress) if generate else (None, 0)
     return tally.found(load if made else None, made)

@@ -18,6 +18,8 @@ from moemerge.cli.options import (
     Revision,
     ShardSize,
     devices_option,
+    ray_option,
+    workers_option,
 )
 from moemerge.errors import RefusedError
 from moemerge.passes.device_names import DEVICES, is_device
@@ -45,18 +47,9 @@ class OutputOptions:
         bool, typer.Option("--dry-run", help="Show what would be written, as `moemerge plan`; write nothing.")
     ] = False
     ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            show_default=False,
-            help="Write shards in processes of a Ray cluster, whose machines share the disk: auto finds the cluster "
-            "that this machine belongs to, local begins processes on it.",
-        ),
+        str | None, ray_option("Write shards in processes of a Ray cluster, whose machines share the disk")
     ] = None
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one on each machine]"),
-    ] = None
+    workers: Annotated[int | None, workers_option("one on each machine")] = None
     out_shard_size: Annotated[str | None, typer.Option(hidden=True)] = None
 
 

@@ -132,11 +132,13 @@ def ray_option(what: str) -> Any:
     return typer.Option(metavar="ADDRESS", show_default=False, help=f"{what}: {where}.")
 
 
+def workers_option(default: str) -> Any:
+    """The option for how many processes; `default` says how many there are without it."""
+    return typer.Option(metavar="N", min=1, show_default=False, help=f"How many. [default: {default}]")
+
+
 Ray = Annotated[str | None, ray_option("Share the text out to processes of a Ray cluster")]
-Workers = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, show_default=False, help="How many. [default: one for each GPU, or CPU]"),
-]
+Workers = Annotated[int | None, workers_option("one for each GPU, or CPU")]
 _Type = Literal[
     "auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
     "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k",

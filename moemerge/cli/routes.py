@@ -143,8 +143,8 @@ def _trace(
         tracing.workers,
     )
     with show_work(console, quiet=quiet) as progress:
-        report = stoppable(progress)
-        return trace_routes(out, texts, settings, progress=partial(report, Task("routes")))
+        report = partial(stoppable(progress), Task("routes", in_parts=tracing.ray is not None))
+        return trace_routes(out, texts, settings, progress=report)
 
 
 def _read_texts(console: Console, given: TextOptions) -> dict[str, Document]:

@@ -26,7 +26,7 @@ class Runs:
     texts: Texts
     compute: Compute
     progress: Progress
-    """Called with the model that runs, and the layers of all `planned` ones."""
+    """Called with the model that runs, and the layers of all `planned` ones, or parts of the text for each."""
     kept: KeptLosses | None = None
     """Losses of earlier runs; None where every model is run."""
     planned: int = 1
@@ -90,11 +90,9 @@ class Runs:
     def _windows(self, domain: int) -> list[Window]:
         return [self.texts.windows[window] for window in self.texts.of(domain)]
 
-    def _report(self, name: str, done: int, layers: int) -> None:
-        before = (self._number - 1) * layers
-        self.progress(
-            Task("losses", f"{name} ({self._number} of {self.planned})"), before + done, self.planned * layers
-        )
+    def _report(self, name: str, done: int, of_model: int) -> None:
+        task = Task("losses", f"{name} ({self._number} of {self.planned})", in_parts=self.processes is not None)
+        self.progress(task, (self._number - 1) * of_model + done, self.planned * of_model)
 
 
 class RoutingTally:

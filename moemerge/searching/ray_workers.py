@@ -67,7 +67,7 @@ class RayWorkers:
         return self.actors[self._of_base.setdefault(candidate.base_key, least)]
 
     def _reporting(self, stage: Stage, candidates: Sequence[Candidate]) -> Callable[[int, int], None]:
-        return partial(self.progress, Task(stage, listed(candidates)))
+        return partial(self.progress, Task(stage, listed(candidates), in_parts=True))
 
 
 @contextmanager

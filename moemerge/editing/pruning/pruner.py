@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -71,16 +72,15 @@ def decide(  # noqa: PLR0917
     similarity = measure_similarity(stored)
     equal = equal_groups(similarity, request)
 
-    def told(name: str) -> Callable[[int, int], None]:
-        return lambda done, total: progress(Task("layers", name), done, total)
-
     with processes_of(settings.ray, settings.workers, compute) as processes:
-        saliency = measure_saliency(mixture, texts, compute, equal, told("the whole mixture"), processes)
+        told = partial(progress, Task("layers", "the whole mixture", in_parts=processes is not None))
+        saliency = measure_saliency(mixture, texts, compute, equal, told, processes)
     pruning = choose_kept(saliency, equal, request, mixture.experts_per_token, how)
     pruning = _with_further_layers(pruning, stored.moe_layers)
     if not any(len(group) > 1 for those in pruning.members.values() for group in those.values()):
         return Decision(mixture, saliency, similarity, _noted(pruning, how), {})
-    fitted = fit_rows(mixture, texts, compute, pruning, told("the whole mixture, for its routers"))
+    told = partial(progress, Task("layers", "the whole mixture, for its routers"))
+    fitted = fit_rows(mixture, texts, compute, pruning, told)
     rows = dict(fitted.rows)
     for layer in set(stored.moe_layers) - set(rows) if rows else ():
         rows[layer] = read_values(stored.router(layer))[pruning.own(layer)]
