@@ -1,13 +1,17 @@
 """Processes of a Ray cluster, on one machine or several; `moemerge.joining` connects to it."""
 
+import inspect
+import logging
 import os
 import platform
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
+from threading import Timer
 from typing import Any, Final, TypeVar
 
 from moemerge.errors import MoemergeError, RefusedError
@@ -17,6 +21,9 @@ _RESTARTS: Final = 2
 # Not 0: a head that was given no CPUs is left alone.
 _RESERVED_CPUS: Final = 0.1
 _WAIT_SECONDS: Final = 0.5
+# Seconds for processes to begin, before it is said what they wait for.
+_PATIENCE: Final = 10.0
+_log: Final = logging.getLogger(__name__)
 Job = TypeVar("Job")
 
 
@@ -54,23 +61,16 @@ class Cluster:
         Raises:
             RefusedError: the cluster has not so many GPUs, or CPUs.
         """
-        self._check_room(len(arguments), of_gpu)
-        threads = max(1, int(self.ray.cluster_resources()["CPU"]) // max(len(arguments), self.machines))
-        made = self.ray.remote(_in_folder(kind, Path.cwd())).options(
-            num_cpus=_RESERVED_CPUS,
-            num_gpus=int(of_gpu),
-            scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-            max_restarts=_RESTARTS,
+        threads = max(1, int(self.ray.cluster_resources().get("CPU", 1)) // max(len(arguments), self.machines))
+        options = {
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            "max_restarts": _RESTARTS,
             # Until it is begun anew: a lost machine is known to be lost only after many calls to it have failed.
-            max_task_retries=-1,
-        )
-        actors = [made.remote(*given) for given in arguments]
-        try:
-            yield actors
-        finally:
-            for actor in actors:
-                self.ray.kill(actor)
+            "max_task_retries": -1,
+        }
+        needs = {"GPU": 1.0} if of_gpu else {}
+        with self._processes(kind, len(arguments), {**needs, "CPU": _RESERVED_CPUS}, **options) as begin:
+            yield [begin(*given) for given in arguments]
 
     def dealt(
         self,
@@ -100,20 +100,66 @@ class Cluster:
         if not (left := deque(jobs)):
             return
         count = min(count, len(left))
-        self._check_room(count)
-        made = self.ray.remote(_in_folder(kind, Path.cwd())).options(num_cpus=1, scheduling_strategy="SPREAD")
-        actors: list[Any] = []
+        with self._processes(kind, count, {"CPU": 1.0}) as begin:
+            spares = (begin(*arguments) for _ in range(count * _RESTARTS))
+            yield from self._deal([begin(*arguments) for _ in range(count)], spares, left, waiting)
 
-        def begun() -> Any:
+    @contextmanager
+    def _processes(
+        self, kind: type, count: int, needs: Mapping[str, float], **options: Any
+    ) -> Iterator[Callable[..., Any]]:
+        """A context with a function that begins processes, spread over the machines; they end with it.
+
+        Where other work holds what they need, a warning says so if they have not begun after some seconds.
+
+        Args:
+            kind: the class of the object that each has, which is made of the function's arguments.
+            count: how many are begun at first.
+            needs: how much each of them needs of the cluster's CPUs and GPUs.
+            options: Ray's further options for each.
+
+        Raises:
+            RefusedError: the cluster has not so many GPUs, or CPUs.
+        """
+        self._check_room(count, needs)
+        made = self.ray.remote(_process_of(kind, Path.cwd())).options(
+            num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), scheduling_strategy="SPREAD", **options
+        )
+        actors: list[Any] = []
+        ready: list[Any] = []
+
+        def begin(*arguments: Any) -> Any:
             actors.append(made.remote(*arguments))
+            ready.append(actors[-1].__ray_ready__.remote())
             return actors[-1]
 
+        free = self.ray.available_resources()
+        timer = Timer(_PATIENCE, partial(self._tell_what_is_missing, ready, needs))
+        timer.daemon = True
+        if any(free.get(of, 0) < count * each for of, each in needs.items()):
+            timer.start()
         try:
-            first, spares = [begun() for _ in range(count)], (begun() for _ in range(count * _RESTARTS))
-            yield from self._deal(first, spares, left, waiting)
+            yield begin
         finally:
+            timer.cancel()
+            if timer.is_alive():
+                timer.join()
             for actor in actors:
                 self.ray.kill(actor)
+
+    def _tell_what_is_missing(self, ready: Sequence[Any], needs: Mapping[str, float]) -> None:
+        """Warn of processes that have not begun, if any has not."""
+        _, waiting = self.ray.wait(list(ready), num_returns=len(ready), timeout=0)
+        if waiting:
+            free, held = self.ray.available_resources(), self.ray.cluster_resources()
+            _log.warning(
+                "--ray: %d of %d processes wait for %s each; the cluster has %s. They begin when other work ends "
+                "(`ray status` shows it); --workers asks for fewer.",
+                len(waiting),
+                len(ready),
+                " and ".join(f"{each:g} {of}" for of, each in needs.items()),
+                " and ".join(f"{held[of]:g} {of}s ({free.get(of, 0):g} free)" for of in needs),
+            )
 
     def _deal(
         self, first: Iterable[Any], spares: Iterator[Any], left: deque[Job], waiting: Callable[[], None]
@@ -128,7 +174,7 @@ class Cluster:
                 actor, job = idle.pop(), left.popleft()
                 busy[actor.run.remote(job)] = (actor, [job])
             if not busy:
-                raise MoemergeError(f"all processes of the Ray cluster died: {' '.join(str(died).split()):.1000}")
+                raise MoemergeError(f"all processes of the Ray cluster died: {_said(died)}")
             done, _ = self.ray.wait(list(busy), timeout=_WAIT_SECONDS)
             waiting()
             for reference in done:
@@ -144,16 +190,17 @@ class Cluster:
                     yield from ((job, result) for job in jobs)
 
     def _get(self, reference: Any) -> Any:
-        """The result behind a reference; raises what its method raised, if moemerge did."""
+        """The result behind a reference; raises what its method raised."""
         try:
             return self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MoemergeError):
-                raise error.cause from None
-            raise MoemergeError(f"a process of the Ray cluster failed: {error}") from error
+                raise error.cause from error
+            what = f"{type(error.cause).__name__}: {_said(error.cause)}"
+            raise MoemergeError(f"a process of the Ray cluster failed: {what}") from error
 
-    def _check_room(self, count: int, of_gpu: bool = False) -> None:
-        for kind in ("GPU", "CPU") if of_gpu else ("CPU",):
+    def _check_room(self, count: int, needs: Iterable[str]) -> None:
+        for kind in needs:
             room = int(self.ray.cluster_resources().get(kind, 0))
             if count > room:
                 advice = f"Ask for {room} at most." if room else f"Add a machine that has {kind}s."
@@ -178,8 +225,7 @@ class Cluster:
                 done, left = self.ray.wait(left)
                 found |= {reference: self._get(reference) for reference in done}  # what fails is raised at once
         except self.ray.exceptions.RayError as error:
-            said = " ".join(str(error).split())
-            raise MoemergeError(f"a process of the Ray cluster failed: {said:.1000}") from error
+            raise MoemergeError(f"a process of the Ray cluster died: {_said(error)}") from error
         progress(len(waiting), len(waiting))
         return [found[reference] for reference in waiting]
 
@@ -202,12 +248,42 @@ def files_of_all_machines() -> Iterator[None]:
         ) from error
 
 
-def _in_folder(kind: Any, folder: Path) -> type:
-    """A class whose objects enter a folder, if the machine has it, so that relative paths lead to the same files."""
+def _process_of(kind: type, folder: Path) -> type:
+    """A class of processes with the methods of `kind`, which raise nothing but errors of moemerge.
+
+    A process enters a folder, if the machine has it, so that relative paths lead to the same files. Its object is made
+    at the first call of a method, so that what is raised then is raised as by the method.
+    """
 
     def begin(self: Any, *arguments: Any) -> None:
         with suppress(OSError):  # paths that do not count from it are found all the same
             os.chdir(folder)
-        kind.__init__(self, *arguments)
+        self.object, self.arguments = None, arguments
 
-    return type(kind.__name__, (kind,), {"__init__": begin})
+    def told(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Any, *given: Any) -> Any:
+            try:
+                if self.object is None:
+                    self.object = kind(*self.arguments)
+                return method(self.object, *given)
+            except MoemergeError:
+                raise
+            except Exception as error:
+                raise MoemergeError(
+                    f"--ray: a process on {platform.node()} failed ({type(error).__name__}: {_said(error)}). If that "
+                    "machine lacks nothing, this is a fault in moemerge: please report it, with what --debug shows."
+                ) from error
+
+        return call
+
+    methods = {name: told(method) for name, method in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}
+    return type(kind.__name__, (), {"__init__": begin, **methods})
+
+
+def _said(error: Exception | None) -> str:
+    """What an error of Ray, or in one of its processes, says in a line."""
+    said = str(error).strip()
+    if "\n  File " in said:  # a traceback, which --debug shows
+        said = said.splitlines()[-1]
+    return f"{' '.join(said.split()):.1000}"

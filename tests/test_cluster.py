@@ -1,11 +1,14 @@
 """Jobs dealt out to processes of a cluster, by a stand-in for Ray whose processes die when they are told to."""
 
+import platform
 import socket
 import sys
 import threading
+import time
 
 import pytest
 
+from moemerge import cluster
 from moemerge.cluster import Cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
 from moemerge.joining import check_address, ray_cluster
@@ -62,6 +65,64 @@ def test_what_a_process_raises_is_raised_and_all_are_ended():
     with pytest.raises(ConfigError) as raised:
         list(given)
     assert raised.value.problems == ("place",)
+
+
+class Faulty:
+    def __init__(self, at):
+        self.at = at
+        self.fail("making")
+
+    def check(self):
+        self.fail("checking")
+
+    def run(self, _job):
+        self.fail("running")
+
+    def fail(self, what):
+        if what == self.at:
+            raise ValueError(f"a fault\n  in {what}")
+
+
+@pytest.mark.parametrize("at", ["making", "checking", "running"])
+def test_a_fault_in_a_process_is_one_line_that_names_the_machine(at):
+    ray = Ray()
+    with pytest.raises(MoemergeError) as raised:
+        list(Cluster(ray).dealt(Faulty, (at,), [1], 1))
+    assert str(raised.value) == (
+        f"--ray: a process on {platform.node()} failed (ValueError: a fault in {at}). If that machine lacks nothing, "
+        "this is a fault in moemerge: please report it, with what --debug shows."
+    )
+    assert isinstance(raised.value.__cause__, RayTaskError)  # which has Ray's traceback
+    assert (ray.killed, raised.value.exit_code) == (ray.made, 1)
+
+
+def test_what_ray_raises_is_the_last_line_of_its_traceback():
+    def fail():
+        raise RayTaskError(RuntimeError('no actor:\n  File "a.py", line 1, in a\nModuleNotFoundError: No module "b"'))
+
+    with pytest.raises(MoemergeError) as raised:
+        Cluster(Ray()).results([fail])
+    said = 'a process of the Ray cluster failed: RuntimeError: ModuleNotFoundError: No module "b"'
+    assert str(raised.value) == said
+
+
+@pytest.mark.parametrize(("free", "begun"), [(0, 0), (1, 1), (1, 3), (8, 0)])
+def test_where_other_work_holds_the_cluster_it_is_said_what_is_waited_for(monkeypatch, free, begun):
+    class Busy(Ray):
+        def wait(self, references, num_returns=1, timeout=None):
+            assert (num_returns, timeout) == (3, 0)
+            return references[:begun], references[begun:]
+
+    told, ray = [], Busy(free=free)
+    monkeypatch.setattr(cluster, "_PATIENCE", 0.02)
+    monkeypatch.setattr(cluster._log, "warning", lambda text, *given: told.append(text % given))
+    expected = [
+        f"--ray: {3 - begun} of 3 processes wait for 1 CPU each; the cluster has 8 CPUs ({free} free). They begin when "
+        "other work ends (`ray status` shows it); --workers asks for fewer."
+    ]
+    monkeypatch.setattr(Cluster, "_deal", lambda *_: iter([time.sleep(0.2)]))
+    list(Cluster(ray).dealt(Worker, (True,), range(3), 3))
+    assert told == (expected if free < 3 and begun < 3 else [])
 
 
 def test_a_cluster_without_room_is_refused_and_without_jobs_nothing_begins():

@@ -14,11 +14,11 @@ import pytest
 from moemerge import EvaluationSettings, evaluate, load_config, merge, plan_merge
 from moemerge.config.schema import CONFIG_COPY
 from moemerge.errors import CheckpointError, RefusedError
-from moemerge.evaluation import measuring, processes
+from moemerge.evaluation import measuring
 from moemerge.passes.sharing_out import hands_of
 from tests.support.models import write_config
-from tests.support.ray_here import RayHere, cluster_here
 from tests.support.recipes import documents
+from tests.support.stand_in_ray import Ray
 
 SETTINGS = EvaluationSettings(tokens=1500, window=60, device="cpu", compute_dtype="float32")
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,12 @@ def world(tmp_path_factory, llamas) -> Path:
     for seed, name in enumerate(("fox", "code")):
         (root / f"{name}.txt").write_text(documents(seed, 15))
     return root
+
+
+@pytest.fixture
+def ray(monkeypatch) -> Ray:
+    monkeypatch.setitem(sys.modules, "ray", None)  # for the time of the test
+    return Ray().install()
 
 
 def data(world: Path) -> dict[str, list[str]]:
@@ -53,7 +59,7 @@ def same(found: object, expected: object) -> bool:
 
 
 @pytest.mark.parametrize("command", ["eval", "routes", "analyze", "prune"])
-def test_commands_find_by_processes_what_they_find_alone(run, world, tmp_path, monkeypatch, command):
+def test_commands_find_by_processes_what_they_find_alone(run, world, tmp_path, ray, command):
     words = [command, world / "out", *([tmp_path / "pruned", "--keep=2", "--dry-run"] if command == "prune" else [])]
     if command == "routes":
         words += [f"--file={path}" for (path,) in data(world).values()]
@@ -61,33 +67,29 @@ def test_commands_find_by_processes_what_they_find_alone(run, world, tmp_path, m
         words += [f"--data={name}={path}" for name, (path,) in data(world).items()] + ["--window=60"]
     words += ["--device=cpu", "--compute-dtype=float32", "--max-tokens=1500", "--json", "-q"]
     code, alone, _ = run(*words)
-    ray = RayHere()
-    monkeypatch.setitem(sys.modules, "ray", ray)  # which is looked for before models are opened
-    monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
-    assert (code, ray.made) == (0, 0)
+    assert (code, ray.made) == (0, [])
     code, shared, _ = run(*words, "--ray=local", "--workers=3")
-    assert (code, ray.made, ray.killed) == (0, *[{"prune": 6}.get(command, 3)] * 2)
+    assert (code, len(ray.made), ray.killed) == (0, {"prune": 6}.get(command, 3), ray.made)
     assert same(json.loads(shared), json.loads(alone))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_texts_are_coloured_by_processes_as_by_one(run, world, monkeypatch, workers):
+def test_texts_are_coloured_by_processes_as_by_one(run, world, ray, workers):
     words = ["routes", world / "out", f"--file={world / 'fox.txt'}", "--text=A short one", "--compute-dtype=float32"]
     alone = run(*words, "-q")
-    ray = RayHere()
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
     assert run(*words, "-q", "--ray=local", f"--workers={workers}") == alone
-    assert (alone[0], ray.made, ray.killed) == (0, workers, workers)
+    assert (alone[0], len(ray.made), ray.killed) == (0, workers, ray.made)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_processes_find_what_one_finds(world, monkeypatch, workers):
+def test_processes_find_what_one_finds(world, ray, workers):
     alone = evaluate(world / "out", data(world), SETTINGS)
-    ray = RayHere()
-    monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(ray))
-    shared = evaluate(world / "out", data(world), replace(SETTINGS, ray="local", workers=workers))
-    assert (ray.made, ray.killed, ray.asked) == (workers, workers, workers)
+    settings, told = replace(SETTINGS, ray="local", workers=workers), []
+    shared = evaluate(
+        world / "out", data(world), settings, progress=lambda task, *done: told.append((task.unit, *done))
+    )
+    assert told == [("parts", done, workers) for done in range(workers + 1)]
+    assert (len(ray.made), ray.killed, ray.asked) == (workers, ray.made, workers)
     for model, of in alone.losses.items():
         for name, loss in of.items():
             assert shared.losses[model][name].value == pytest.approx(loss.value, rel=1e-6)
@@ -97,7 +99,7 @@ def test_processes_find_what_one_finds(world, monkeypatch, workers):
         assert shared.routing[name].top_weight == pytest.approx(routing.top_weight, rel=1e-5)
 
 
-def test_an_error_in_a_process_is_raised_as_in_one(world, monkeypatch):
+def test_an_error_in_a_process_is_raised_as_in_one(world, ray, monkeypatch):
     given = measuring.open_mixture
 
     def damaged(folder, **keys):
@@ -111,7 +113,6 @@ def test_an_error_in_a_process_is_raised_as_in_one(world, monkeypatch):
         return replace(mixture, runnable=replace(mixture.runnable, read=reading))
 
     monkeypatch.setattr(measuring, "open_mixture", damaged)
-    monkeypatch.setattr(processes, "ray_cluster", lambda *_: cluster_here(RayHere()))
     with pytest.raises(CheckpointError):
         evaluate(world / "out", data(world), SETTINGS)
     with pytest.raises(RefusedError) as refused:

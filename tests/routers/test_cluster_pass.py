@@ -13,13 +13,12 @@ import torch
 
 from moemerge.checkpoint.files import Reader, open_range
 from moemerge.errors import RouterError
-from moemerge.routers import cluster_pass
 from moemerge.routers.cluster_pass import capture_on_cluster
 from moemerge.routers.pass_inputs import PassRequest
 from moemerge.routers.streamed_pass import capture_router_inputs
 from tests.passes.test_passes import request
 from tests.support.models import load_weights, make_model, save_weights
-from tests.support.ray_here import RayHere, cluster_here
+from tests.support.stand_in_ray import Ray
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,17 +34,23 @@ def prompts_of(folder: Path, **keys: object) -> PassRequest:
     return replace(asked, prompts=tuple(replace(prompt, document=n) for n, prompt in enumerate(asked.prompts)), **keys)
 
 
-def shared(monkeypatch, asked: PassRequest, workers: int, ray: RayHere) -> list:
-    monkeypatch.setattr(cluster_pass, "ray_cluster", lambda *_: cluster_here(ray))
+@pytest.fixture
+def ray(monkeypatch) -> Ray:
+    monkeypatch.setitem(sys.modules, "ray", None)  # for the time of the test
+    return Ray().install()
+
+
+def shared(asked: PassRequest, workers: int) -> list:
     found = capture_on_cluster(asked, "local", workers)
     return [replace(inputs, states=inputs.states.clone(), beginnings=inputs.beginnings.clone()) for inputs in found]
 
 
-@pytest.mark.parametrize(("workers", "dies_at"), [(1, None), (2, None), (3, 3), (3, 8)])
-def test_processes_find_what_one_finds_though_one_dies(folder, monkeypatch, workers, dies_at):
-    asked, ray = prompts_of(folder, entering=True), RayHere(dies_at)
-    found = shared(monkeypatch, asked, workers, ray)
-    assert (ray.made, ray.killed, len(found)) == (workers, workers, 3)
+@pytest.mark.parametrize(("workers", "lives"), [(1, [9]), (2, [9]), (3, [9, 9, 0, 9]), (3, [9, 2, 0, 9])])
+def test_processes_find_what_one_finds_though_one_dies(folder, ray, workers, lives):
+    asked, ray.lives = prompts_of(folder, entering=True), list(lives)
+    found = shared(asked, workers)
+    assert (len(ray.made), ray.killed, len(found)) == (workers, ray.made, 3)
+    assert sum(2 - actor.restarts for actor in ray.made) == sum(life < 9 for life in lives)
     for one, other in zip(capture_router_inputs(asked), found, strict=True):
         assert (one.layer, one.prompts) == (other.layer, other.prompts)
         assert torch.equal(one.prompt, other.prompt)
@@ -53,15 +58,16 @@ def test_processes_find_what_one_finds_though_one_dies(folder, monkeypatch, work
             assert torch.allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_not_finite_in_a_process_is_said_as_in_one(folder, monkeypatch):
+def test_what_is_not_finite_in_a_process_is_said_as_in_one(folder, ray):
     tensors = load_weights(folder)
     tensors["model.layers.2.self_attn.o_proj.weight"][3, 2] = torch.nan
     save_weights(folder, tensors)
     with pytest.raises(RouterError) as alone:
         list(capture_router_inputs(prompts_of(folder)))
     with pytest.raises(RouterError) as error:
-        shared(monkeypatch, prompts_of(folder), 2, RayHere())
+        shared(prompts_of(folder), 2)
     assert str(error.value) == str(alone.value)
+    assert ray.killed == ray.made
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -25,14 +25,18 @@ class RayTaskError(RayError):
 
 
 class Ray:
-    """What moemerge uses of the module `ray`: a process answers when it is waited for, and dies after so many jobs."""
+    """What moemerge uses of the module `ray`: a process answers when it is waited for, and dies after so many calls.
+
+    One that may be begun again is, and lives as long as the next one would.
+    """
 
     exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
 
-    def __init__(self, lives: Sequence[int] = (1000,), cpus: int = 8) -> None:
-        self.lives, self.cpus = lives, cpus
+    def __init__(self, lives: Sequence[int] = (1000,), cpus: int = 8, free: int | None = None) -> None:
+        self.lives, self.cpus, self.free = list(lives), cpus, cpus if free is None else free
         self.made: list[Actor] = []
         self.killed: list[Actor] = []
+        self.asked = 0
 
     def install(self) -> "Ray":
         """Be what `import ray` finds."""
@@ -54,17 +58,30 @@ class Ray:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": float(self.cpus)}
 
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": float(self.free)} if self.free else {}
+
     def remote(self, kind: Callable[..., Any]) -> Any:
-        def make(*arguments: Any) -> "Actor":
-            life = self.lives[min(len(self.made), len(self.lives) - 1)]  # the last of them is that of all further ones
-            self.made.append(Actor(kind(*sent(arguments)), life))
+        def begin(options: Mapping[str, Any], arguments: Sequence[Any]) -> "Actor":
+            self.made.append(Actor(self, lambda: kind(*copied(arguments)), options.get("max_restarts", 0)))
             return self.made[-1]
 
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
+        return SimpleNamespace(
+            options=lambda **options: SimpleNamespace(remote=lambda *arguments: begin(options, arguments))
+        )
 
-    def wait(self, references: list[Reference], timeout: float) -> tuple[list[Reference], list[Reference]]:
-        assert timeout
-        return references[:1], references[1:]
+    def life(self) -> int:
+        """That of the next process; the last of them is that of all further ones."""
+        return self.lives.pop(0) if len(self.lives) > 1 else self.lives[0]
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(
+        self, references: list[Reference], num_returns: int = 1, timeout: float | None = None
+    ) -> tuple[list[Reference], list[Reference]]:
+        del timeout
+        return references[:num_returns], references[num_returns:]
 
     def get(self, reference: Reference) -> Any:
         return reference()
@@ -74,20 +91,44 @@ class Ray:
 
 
 class Actor:
-    def __init__(self, made: Any, life: int) -> None:
-        self.made, self.life = made, life
-        self.check = SimpleNamespace(remote=lambda: lambda: self.answer(made.check, 0))
-        self.run = SimpleNamespace(remote=lambda job: lambda: self.answer(lambda: made.run(sent(job)), 1))
+    """A process, whose methods have a method `remote` that gives a reference to their result."""
 
-    def answer(self, method: Callable[[], Any], cost: int) -> Any:
-        self.life -= cost
+    def __init__(self, ray: Ray, make: Callable[[], Any], restarts: int) -> None:
+        self.ray, self.make, self.restarts = ray, make, restarts
+        self.made, self.life = make(), ray.life()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__ray_ready__":
+            return SimpleNamespace(remote=lambda: lambda: True)
+        if name[0] == "_":
+            raise AttributeError(name)
+
+        def ask(*arguments: Any) -> Reference:
+            self.ray.asked += 1
+            return lambda: self.answer(name, copied(arguments))
+
+        return SimpleNamespace(remote=ask)
+
+    def answer(self, name: str, arguments: Sequence[Any]) -> Any:
+        self.life -= name != "check"
         if self.life < 0:
-            self.life = -1000
-            raise RayError("killed")
+            if not self.restarts:
+                self.life = -1000
+                raise RayError("killed")
+            self.made, self.life, self.restarts = self.make(), self.ray.life(), self.restarts - 1
+            return self.answer(name, arguments)
         try:
-            return sent(method())
+            return copied(getattr(self.made, name)(*arguments))
         except MoemergeError as error:
             raise RayTaskError(sent(error)) from error
+
+
+def copied(thing: Thing) -> Thing:
+    """What another process makes of a thing; the thing itself if only Ray's pickles can hold it."""
+    try:
+        return sent(thing)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return thing
 
 
 def sent(thing: Thing) -> Thing:
