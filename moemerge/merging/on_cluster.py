@@ -32,6 +32,17 @@ class OnCluster(Destination):
         with ray_cluster(self.address, self.workers), super().staged(plan, options) as stage:  # type: ignore[safe-super]
             yield stage
 
+    def ask(self, kind: type[ShardWorker], arguments: tuple[Any, ...], jobs: Sequence[ShardJob]) -> None:
+        """Have processes check that they could do the jobs, as many as there will be.
+
+        Raises:
+            RefusedError: one of them could not.
+        """
+        with ray_cluster(self.address, self.workers) as cluster:
+            count = min(self.workers or cluster.machines, len(jobs))
+            with cluster.actors(kind, [arguments] * count, of_gpu=False) as asked:
+                cluster.results([one.check.remote() for one in asked])
+
     @contextmanager
     def dealt(
         self,

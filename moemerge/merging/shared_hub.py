@@ -47,16 +47,22 @@ class HubWorker(ShardWorker):
 class SharedHub(OnCluster, Hub):
     """A repository on the Hub: each process makes a shard, sends it and removes it, while others do the same.
 
-    This process makes the routers first, then commits what was sent, and sends everything else.
+    When each could do that, this process creates the repository, where it is missing. It makes the routers, then
+    commits what was sent, and sends everything else.
     """
+
+    def begin(self) -> None:
+        """Leave the repository as it is until `write`, since processes may still refuse."""
 
     def write(self, work: Work, shards: Unfinished) -> "RoutingReport":
         """Compute the routers, have the other shards sent, and send those of the routers."""
         plan, tally = work.plan, shards.tally
-        routers = work.init_routers(tally)
-        self.publisher.begin_streaming()
         jobs = list(jobs_of(plan, [shard for shard in plan.shards_without_routers if shard.name not in shards.kept]))
         arguments = (Surroundings.of(jobs), work.make_writer, self.publisher)
+        self.ask(HubWorker, arguments, jobs)
+        self.publisher.create()
+        routers = work.init_routers(tally)
+        self.publisher.begin_streaming()
         with self.dealt(HubWorker, arguments, jobs, partial(tally.weights, 0)) as done:
             for job, sent in done:
                 shards.journal.record(job.shard, self.publisher.add(sent))
