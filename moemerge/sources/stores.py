@@ -8,6 +8,7 @@ import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import IO, Any, Final
 
 from moemerge.errors import MoemergeError, NoSuchModelError, SourceError
@@ -72,16 +73,23 @@ class StoreFolder:
         self.location, self.gguf = replace(location, gguf=""), location.gguf
         if package := STORES[location.kind]:
             need(package, f"To reach {location}")
-        import fsspec
-
         with explained(self.location):
-            self.store: Any = fsspec.filesystem(location.kind, **_OPTIONS.get(location.kind, {}))
             self.files: Mapping[str, Stored] = self._list()
         self._listed = True
 
+    @cached_property
+    def store(self) -> Any:
+        """The store, as fsspec's implementation sees it."""
+        import fsspec
+
+        return fsspec.filesystem(self.location.kind, **_OPTIONS.get(self.location.kind, {}))
+
     def __getstate__(self) -> dict[str, Any]:
-        """Give what another process reads the folder by: a listing of its own tells it of all files at once."""
-        return {**self.__dict__, "_listed": False}
+        """Give what another process reads the folder by: a listing of its own tells it of all files at once.
+
+        It finds credentials by itself, as this one did: fsspec's pickles hold those of `FSSPEC_S3_SECRET` and the like.
+        """
+        return {**{name: value for name, value in self.__dict__.items() if name != "store"}, "_listed": False}
 
     def __repr__(self) -> str:
         return str(self.location)

@@ -13,6 +13,8 @@ from moemerge.checkpoint.files import read_exactly
 from moemerge.errors import CheckpointError, SourceError
 from moemerge.sources import retries
 from moemerge.sources.model_folder import open_model
+from moemerge.sources.reference import location_of
+from moemerge.sources.stores import StoreFolder
 from moemerge.sources.tensor_tables import read_tensor_table
 from tests.sources.test_lora import make_adapter
 from tests.support.gguf_files import write_gguf
@@ -72,6 +74,19 @@ def test_another_process_reads_a_file_that_it_is_given(bucket, urls, llamas):
             found = read_exactly(reader, tensor.nbytes)
         assert found == load_file(llamas[0] / SINGLE)["model.norm.weight"].numpy().tobytes()
     assert [call.method for call in bucket.server.calls] == ["GET"] * 4  # a listing, and each reading
+
+
+def test_another_process_is_not_sent_the_credentials_that_fsspec_has_found(tmp_path, monkeypatch):
+    from fsspec.config import conf
+
+    monkeypatch.setitem(conf, "file", {"secret": "hunter2"})  # as of FSSPEC_FILE_SECRET
+    (tmp_path / "config.json").write_text("{}")
+    folder = StoreFolder(location_of(as_store(tmp_path)))
+    assert b"hunter2" in pickle.dumps(folder.store)
+    given = pickle.dumps(folder)
+    assert b"hunter2" not in given
+    with pickle.loads(given).open("config.json") as opened:  # noqa: S301  our own
+        assert opened.read() == b"{}"
 
 
 def test_a_store_that_stumbles_is_asked_again(bucket, urls, tmp_path, monkeypatch):
