@@ -21,6 +21,8 @@ _HOW: Final = (
 )
 # Seconds for the head of a cluster to take a connection: Ray by itself asks for minutes.
 _PATIENCE: Final = 10
+# In what Ray says of processes that moemerge has ended, because another one failed.
+_ENDED: Final = "killed by `ray.kill`"
 
 
 def import_ray() -> Any:
@@ -66,12 +68,14 @@ class _Results:
     """Standard output, to which Ray's threads do not write."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self._drops = stream, False
 
     def write(self, text: str) -> int:
-        """Write what a command has found; what Ray says goes to standard error."""
-        is_rays = threading.current_thread().name.startswith("ray_")
-        return int((sys.stderr if is_rays else self._stream).write(text))
+        """Write what a command has found; what Ray says goes to standard error, if it is news."""
+        if not threading.current_thread().name.startswith("ray_"):
+            return int(self._stream.write(text))
+        self._drops = _ENDED in text or (self._drops and text == "\n")
+        return len(text) if self._drops else int(sys.stderr.write(text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

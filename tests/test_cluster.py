@@ -155,10 +155,11 @@ def test_what_ray_says_is_not_among_results(monkeypatch, capsys):
     monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) repeated"))
     with ray_cluster("local", 1):
         print("found")
-        listening = threading.Thread(target=print, args=("(raylet) a process died",), name="ray_listen_error_messages")
-        listening.start()
-        listening.join()
-    assert capsys.readouterr() == ("found\n", "(raylet) a process died\n(raylet) repeated\n")
+        for said in ("a process died", "Error: The actor is dead because it was killed by `ray.kill`.", "one more"):
+            listening = threading.Thread(target=print, args=(f"(raylet) {said}",), name="ray_listen_error_messages")
+            listening.start()
+            listening.join()
+    assert capsys.readouterr() == ("found\n", "(raylet) a process died\n(raylet) one more\n(raylet) repeated\n")
 
 
 @pytest.mark.parametrize(
