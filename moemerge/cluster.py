@@ -1,20 +1,18 @@
 """Processes of a Ray cluster, on one machine or several; `moemerge.joining` connects to it."""
 
-import inspect
 import logging
-import os
-import platform
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Timer
 from typing import Any, Final, TypeVar
 
 from moemerge.errors import MoemergeError, RefusedError
+from moemerge.ray_process import explain_death, process_of, said
 
 # Of a process that was killed, as for want of memory.
 _RESTARTS: Final = 2
@@ -122,7 +120,7 @@ class Cluster:
             RefusedError: the cluster has not so many GPUs, or CPUs.
         """
         self._check_room(count, needs)
-        made = self.ray.remote(_process_of(kind, Path.cwd())).options(
+        made = self.ray.remote(process_of(kind, Path.cwd())).options(
             num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), scheduling_strategy="SPREAD", **options
         )
         actors: list[Any] = []
@@ -174,7 +172,7 @@ class Cluster:
                 actor, job = idle.pop(), left.popleft()
                 busy[actor.run.remote(job)] = (actor, [job])
             if not busy:
-                raise MoemergeError(f"all processes of the Ray cluster died: {_said(died)}")
+                raise explain_death(died, "all processes")
             done, _ = self.ray.wait(list(busy), timeout=_WAIT_SECONDS)
             waiting()
             for reference in done:
@@ -196,7 +194,7 @@ class Cluster:
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MoemergeError):
                 raise error.cause from error
-            what = f"{type(error.cause).__name__}: {_said(error.cause)}"
+            what = f"{type(error.cause).__name__}: {said(error.cause)}"
             raise MoemergeError(f"a process of the Ray cluster failed: {what}") from error
 
     def _check_room(self, count: int, needs: Iterable[str]) -> None:
@@ -225,65 +223,6 @@ class Cluster:
                 done, left = self.ray.wait(left)
                 found |= {reference: self._get(reference) for reference in done}  # what fails is raised at once
         except self.ray.exceptions.RayError as error:
-            raise MoemergeError(f"a process of the Ray cluster died: {_said(error)}") from error
+            raise explain_death(error, "a process") from error
         progress(len(waiting), len(waiting))
         return [found[reference] for reference in waiting]
-
-
-@contextmanager
-def files_of_all_machines() -> Iterator[None]:
-    """A context, in a process of a cluster, that says of a file which is not there what machine lacks it.
-
-    Raises:
-        RefusedError: a file is not there.
-    """
-    try:
-        yield
-    except MoemergeError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        raise RefusedError(
-            f"--ray: {platform.node()} has no {error.__cause__.filename}. Every process reads the models itself: they "
-            "have to be at the same paths on all machines, as on a file system that these share."
-        ) from error
-
-
-def _process_of(kind: type, folder: Path) -> type:
-    """A class of processes with the methods of `kind`, which raise nothing but errors of moemerge.
-
-    A process enters a folder, if the machine has it, so that relative paths lead to the same files. Its object is made
-    at the first call of a method, so that what is raised then is raised as by the method.
-    """
-
-    def begin(self: Any, *arguments: Any) -> None:
-        with suppress(OSError):  # paths that do not count from it are found all the same
-            os.chdir(folder)
-        self.object, self.arguments = None, arguments
-
-    def told(method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(self: Any, *given: Any) -> Any:
-            try:
-                if self.object is None:
-                    self.object = kind(*self.arguments)
-                return method(self.object, *given)
-            except MoemergeError:
-                raise
-            except Exception as error:
-                raise MoemergeError(
-                    f"--ray: a process on {platform.node()} failed ({type(error).__name__}: {_said(error)}). If that "
-                    "machine lacks nothing, this is a fault in moemerge: please report it, with what --debug shows."
-                ) from error
-
-        return call
-
-    methods = {name: told(method) for name, method in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}
-    return type(kind.__name__, (), {"__init__": begin, **methods})
-
-
-def _said(error: Exception | None) -> str:
-    """What an error of Ray, or in one of its processes, says in a line."""
-    said = str(error).strip()
-    if "\n  File " in said:  # a traceback, which --debug shows
-        said = said.splitlines()[-1]
-    return f"{' '.join(said.split()):.1000}"

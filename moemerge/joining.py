@@ -21,8 +21,8 @@ _HOW: Final = (
 )
 # Seconds for the head of a cluster to take a connection: Ray by itself asks for minutes.
 _PATIENCE: Final = 10
-# In what Ray says of processes that moemerge has ended, because another one failed.
-_ENDED: Final = "killed by `ray.kill`"
+# In what Ray says of processes that moemerge has ended, because one failed, and of that one: moemerge says it shorter.
+_KNOWN: Final = ("killed by `ray.kill`", "Traceback (most recent call last)")
 
 
 def import_ray() -> Any:
@@ -74,7 +74,7 @@ class _Results:
         """Write what a command has found; what Ray says goes to standard error, if it is news."""
         if not threading.current_thread().name.startswith("ray_"):
             return int(self._stream.write(text))
-        self._drops = _ENDED in text or (self._drops and text == "\n")
+        self._drops = any(known in text for known in _KNOWN) or (self._drops and text == "\n")
         return len(text) if self._drops else int(sys.stderr.write(text))
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from moemerge import cluster
 from moemerge.cluster import Cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
 from moemerge.joining import check_address, ray_cluster
-from tests.support.stand_in_ray import Ray, RayTaskError, sent
+from tests.support.stand_in_ray import Ray, RayError, RayTaskError, sent
 
 DONE: list[object] = []
 """What was done by processes, each of which has copies of its arguments alone."""
@@ -96,14 +96,44 @@ def test_a_fault_in_a_process_is_one_line_that_names_the_machine(at):
     assert (ray.killed, raised.value.exit_code) == (ray.made, 1)
 
 
-def test_what_ray_raises_is_the_last_line_of_its_traceback():
-    def fail():
-        raise RayTaskError(RuntimeError('no actor:\n  File "a.py", line 1, in a\nModuleNotFoundError: No module "b"'))
+class DoesNotBeginError(RayError):
+    """As Ray raises it."""
 
+    actor_init_failed = True
+
+
+TRACEBACK = (
+    "the actor died: ray::Worker.__init__() (pid=1, ip=10.0.0.2, repr=...)\n    ^^^^\nNo module named 'moemerge'"
+)
+
+
+def raising(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def test_what_ray_raises_is_the_last_line_of_its_traceback():
     with pytest.raises(MoemergeError) as raised:
-        Cluster(Ray()).results([fail])
-    said = 'a process of the Ray cluster failed: RuntimeError: ModuleNotFoundError: No module "b"'
-    assert str(raised.value) == said
+        Cluster(Ray()).results([raising(RayTaskError(RuntimeError(TRACEBACK)))])
+    assert str(raised.value) == "a process of the Ray cluster failed: RuntimeError: No module named 'moemerge'"
+    with pytest.raises(MoemergeError, match="^a process of the Ray cluster died: out of memory$"):
+        Cluster(Ray()).results([raising(RayError("out of\nmemory"))])
+
+
+def test_where_no_process_can_begin_the_machine_is_named(monkeypatch):
+    expected = (
+        "--ray: no process can begin on 10.0.0.2 (No module named 'moemerge'). Install there what is installed here: the "
+        "same moemerge, Python and other packages."
+    )
+    with pytest.raises(RefusedError) as refused:
+        Cluster(Ray()).results([raising(DoesNotBeginError(TRACEBACK))])
+    assert str(refused.value) == expected
+    monkeypatch.setattr(Ray, "get", lambda *_: raising(DoesNotBeginError(TRACEBACK))())
+    with pytest.raises(RefusedError) as refused:
+        list(Cluster(Ray()).dealt(Worker, (True,), [1], 1))
+    assert str(refused.value) == expected
 
 
 @pytest.mark.parametrize(("free", "begun"), [(0, 0), (1, 1), (1, 3), (8, 0)])
@@ -155,7 +185,12 @@ def test_what_ray_says_is_not_among_results(monkeypatch, capsys):
     monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) repeated"))
     with ray_cluster("local", 1):
         print("found")
-        for said in ("a process died", "Error: The actor is dead because it was killed by `ray.kill`.", "one more"):
+        for said in (
+            "a process died",
+            "Error: The actor is dead because it was killed by `ray.kill`.",
+            "\nTraceback (most recent call last):\n",
+            "one more",
+        ):
             listening = threading.Thread(target=print, args=(f"(raylet) {said}",), name="ray_listen_error_messages")
             listening.start()
             listening.join()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moemerge.cluster import Cluster, files_of_all_machines
+from moemerge.cluster import Cluster
 from moemerge.evaluation.choices import Choice
 from moemerge.evaluation.runnable import MixtureModel, Runnable
 from moemerge.evaluation.running import run_model
@@ -15,6 +15,7 @@ from moemerge.joining import ray_cluster
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.sharing_out import hands_of
 from moemerge.passes.tokens import Window
+from moemerge.ray_process import files_of_all_machines
 
 
 class ChoiceTally(Protocol):

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 import torch
 
-from moemerge.cluster import Cluster, files_of_all_machines
+from moemerge.cluster import Cluster
 from moemerge.joining import ray_cluster
 from moemerge.passes.sharing_out import hands_of
+from moemerge.ray_process import files_of_all_machines
 from moemerge.routers.pass_inputs import PassRequest, RouterInputs
 from moemerge.routers.streamed_pass import capture_router_inputs
 
