@@ -152,7 +152,8 @@ def _analyze_text(opened: Opened, progress: Progress) -> tuple[TextFigures | Non
     from moemerge.evaluation.processes import processes_of
 
     generate, settings = opened.request.generate, opened.request.settings
-    with processes_of(settings.ray, settings.workers, opened.text[2]) as processes:
+    _, texts, compute = opened.text
+    with processes_of(settings.ray, settings.workers, compute, len(texts.windows)) as processes:
         found = analyze_text(*opened.text, generate=generate, progress=progress, processes=processes)
     if generate and found.generated is None:
         return found, (f"{opened.reference}: nothing was generated, since every text ended at once",)

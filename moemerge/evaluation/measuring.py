@@ -60,7 +60,7 @@ def measure(
     planned = 1 + len(dense) + (2 + judged) * baselines
     kept = KeptLosses(settings.kept_losses, compute, replace=settings.rerun)
     routing = RoutingTally(mixture, texts)
-    with processes_of(settings.ray, settings.workers, compute) as processes:
+    with processes_of(settings.ray, settings.workers, compute, len(texts.windows)) as processes:
         runs = Runs(texts, compute, progress, kept, planned, processes)
         runs.run(MERGED, mixture.runnable, mixture=mixture, tally=routing)
         notes += [note for model in dense if (note := _try(runs, model.name, model))]

@@ -151,13 +151,14 @@ def run_windows(  # noqa: PLR0917
 
 
 @contextmanager
-def processes_of(address: str | None, count: int | None, compute: Compute) -> Iterator[Processes | None]:
-    """A context with processes of a Ray cluster; with None where no cluster is asked for.
+def processes_of(address: str | None, count: int | None, compute: Compute, windows: int) -> Iterator[Processes | None]:
+    """A context with processes of a Ray cluster, each for a window at least; with None where no cluster is asked for.
 
     Args:
         address: `local` for processes on this machine, `auto` for a cluster that it belongs to, or a cluster's address.
         count: the number of processes; None for one for each GPU if the pass is on one, else for each CPU.
         compute: the device and dtype of the passes.
+        windows: how many windows there are.
 
     Raises:
         RefusedError: Ray is not installed, or there is no such cluster.
@@ -166,8 +167,7 @@ def processes_of(address: str | None, count: int | None, compute: Compute) -> It
         yield None
         return
     on_gpu = compute.device.type == "cuda"
-    with (
-        ray_cluster(address, count) as cluster,
-        cluster.actors(_Worker, [(compute,)] * (count or cluster.processes(on_gpu)), on_gpu) as actors,
-    ):
-        yield Processes(cluster, actors)
+    with ray_cluster(address, count) as cluster:
+        number = min(count or cluster.processes(on_gpu), windows)
+        with cluster.actors(_Worker, [(compute,)] * number, on_gpu) as actors:
+            yield Processes(cluster, actors)

@@ -81,6 +81,13 @@ def test_texts_are_coloured_by_processes_as_by_one(run, world, ray, workers):
     assert (alone[0], len(ray.made), ray.killed) == (0, workers, ray.made)
 
 
+def test_no_more_processes_are_begun_than_there_are_texts(run, world, ray):
+    words = ["routes", world / "out", "--text=A fox", "--text=A bird", "--ray=local", "-q"]
+    for workers in ([], ["--workers=9"]):
+        ray.made.clear()
+        assert (run(*words, *workers)[0], len(ray.made)) == (0, 2)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_processes_find_what_one_finds(world, ray, workers):
     alone = evaluate(world / "out", data(world), SETTINGS)

@@ -65,7 +65,7 @@ def judge(
     """
     texts = Texts.cut(before, documents, settings.tokens, settings.window, settings.roles)
     compute = find_compute(settings.device, settings.compute_dtype, before.runnable.layer_shapes)
-    with processes_of(settings.ray, settings.workers, compute) as processes:
+    with processes_of(settings.ray, settings.workers, compute, len(texts.windows)) as processes:
         runs = Runs(texts, compute, progress, planned=2, processes=processes)
         runs.run(_BEFORE, before.runnable)
         runs.run(_AFTER, after.runnable)

@@ -72,7 +72,7 @@ def decide(  # noqa: PLR0917
     similarity = measure_similarity(stored)
     equal = equal_groups(similarity, request)
 
-    with processes_of(settings.ray, settings.workers, compute) as processes:
+    with processes_of(settings.ray, settings.workers, compute, len(texts.windows)) as processes:
         told = partial(progress, Task("layers", "the whole mixture", in_parts=processes is not None))
         saliency = measure_saliency(mixture, texts, compute, equal, told, processes)
     pruning = choose_kept(saliency, equal, request, mixture.experts_per_token, how)

@@ -47,7 +47,7 @@ def trace(
         pieces.append(tuple(part for part, added in zip(parts[:tokens], special[:tokens], strict=True) if not added))
     compute = find_compute(settings.device, settings.compute_dtype, mixture.runnable.layer_shapes)
     kept = _Choices(windows)
-    with processes_of(settings.ray, settings.workers, compute) as processes:
+    with processes_of(settings.ray, settings.workers, compute, len(windows)) as processes:
         run_windows(mixture.runnable, windows, compute, processes, mixture, kept, progress, losses=False)
     traced = tuple(
         _traced(name, tokens_of, [choices[layer] for layer in layers])
