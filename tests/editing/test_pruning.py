@@ -502,7 +502,7 @@ def test_refusals_come_before_torch_is_imported(tmp_path):
         ("--keep", 4): f"error: {out}: is not empty (1 entries, among them 'notes.txt'). Choose another "
         "output folder, or replace this one with --overwrite.",
     }
-    lines = json.dumps([prune(folder, out, *options) for options in refused], default=str)
+    lines = json.dumps([list(map(str, prune(folder, out, *options))) for options in refused])
     done = subprocess.run([sys.executable, "-c", REFUSING, lines], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines() == list(refused.values())
     assert done.returncode == 0
