@@ -97,10 +97,14 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console, self._last = console, time.monotonic()
-        self._paces: dict[Task, Pace] = {}
+        self._known: dict[Task, tuple[int, Pace]] = {}
+        """How much of each task was done at its last report, and its pace."""
 
     def report(self, task: Task, done: int, total: int) -> None:
-        pace = self._paces.setdefault(task, Pace(task, done))
+        before, pace = self._known.get(task, (0, Pace(task, done)))
+        if done < before:  # the same work once more
+            pace = Pace(task, done)
+        self._known[task] = done, pace
         if time.monotonic() - self._last >= _SECONDS:
             self._last = time.monotonic()
             self._console.print(f"{task}: {pace.amount(done, total)}")

@@ -86,6 +86,15 @@ def test_a_log_gets_a_line_every_ten_seconds(clock):
     assert console.file.getvalue() == "routers: 10 of 50 layers, 40 s left\nrouters: 20 of 50 layers, 30 s left\n"
 
 
+def test_a_log_counts_the_time_of_work_that_is_done_once_more_from_its_beginning(clock):
+    console = Console(file=io.StringIO(), width=100)
+    with show_progress(console, quiet=False) as report:
+        for second, done in ((0, 1), (5, 30), (1000, 1), (1020, 11)):
+            clock[0] = float(second)
+            report(Task("losses", "fox"), done, 30)
+    assert console.file.getvalue().splitlines()[-1] == "losses of fox: 11 of 30 layers, 38 s left"
+
+
 def test_quiet_shows_nothing(clock):
     console = terminal()
     for show in (show_progress, show_work, show_steps):
