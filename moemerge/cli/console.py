@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_BYTES: Final = 3500
 _M_MMAP_THRESHOLD: Final = -3
+_SMALLEST_FREED: Final = 2**24
 
 
 @contextmanager
@@ -120,15 +121,15 @@ def stoppable(report: Callable[..., None]) -> Callable[..., None]:
     return report_or_stop
 
 
-def return_freed_memory(smallest: int = 2**24) -> None:
-    """Have glibc give blocks from so many bytes on back when they are freed.
+def return_freed_memory() -> None:
+    """Have glibc give blocks from 16 MB on back when they are freed.
 
     By itself it learns to keep blocks of up to 32 MB for later; in a pass over the layers these scatter, and the heap
     grows by half of what it was (mallopt(3), M_MMAP_THRESHOLD).
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # other C libraries
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, smallest)
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALLEST_FREED)
 
 
 def explain_error(error: BaseException, *, keeps_output: bool = False) -> tuple[str, int]:

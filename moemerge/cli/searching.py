@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from moemerge.searching.results import SearchResult
     from moemerge.searching.settings import SearchSettings
 
-# Layers of several models take turns in memory, and smaller blocks would be left behind by each: 5 GB for a layer of
-# 40 MB of six mixtures, in place of 0.4 GB.
-_SMALLEST_FREED: Final = 2**21
 _COSTS: Final = get_args(Cost)
 
 
@@ -140,7 +137,7 @@ def search_recipes(
     quiet = messages.quiet
     with console_session(quiet=quiet, verbose=0, debug=messages.debug, cache_dir=cache_dir) as console:
         _check_output(recipe, output, overwrite=overwrite)
-        return_freed_memory(_SMALLEST_FREED)
+        return_freed_memory()
         found = _search(
             console, recipe, by_name(data), by_name(measuring.test, "--test"), _settings(searching, measuring), quiet
         )
@@ -197,15 +194,20 @@ def _search(  # noqa: PLR0917
     from moemerge.cli.progress import show_work
     from moemerge.searching.searcher import search
 
-    with show_work(console, quiet=quiet) as progress:
-        return search(
-            recipe,
-            data,
-            settings,
-            test=test,
-            progress=stoppable(progress),
-            announce=announcer(console, quiet=quiet),
-        )
+    try:
+        with show_work(console, quiet=quiet) as progress:
+            return search(
+                recipe,
+                data,
+                settings,
+                test=test,
+                progress=stoppable(progress),
+                announce=announcer(console, quiet=quiet),
+            )
+    except KeyboardInterrupt as error:
+        folder = settings.kept_states
+        kept = f"router inputs are in {folder}" if folder else "--keep-states FOLDER would keep router inputs"
+        raise KeyboardInterrupt(f"no config is written; {kept} for the next search") from error
 
 
 def _write(found: "SearchResult", output: str) -> str:

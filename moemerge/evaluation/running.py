@@ -59,18 +59,23 @@ def run_together(
     models: Sequence[tuple[Runnable, Sequence[Window]]],
     compute: Compute,
     progress: Callable[[int, int], None],
+    *,
+    alike: bool = False,
 ) -> list[torch.Tensor]:
     """Compute losses as `run_model` does, of models of equal depth, each with windows of its own.
 
-    All pass a layer before any passes the next one, so that what they share need be read and loaded only once.
+    All pass a layer before any passes the next one, so that what they share need be read only once. Those that are
+    `alike` share most of it, and load it once, too.
     """
-    passes, loaded = [TextPass(model, windows, compute, _TOKENS) for model, windows in models], LoadedOnce()
+    passes = [TextPass(model, windows, compute, _TOKENS) for model, windows in models]
+    loaded = LoadedOnce() if alike else None
     layers = models[0][0].layers
     for index in range(layers):
         for passing in passes:
             with passing.layer(index, loaded) as modules:
                 passing.run(index, modules)
-        loaded.forget()
+        if loaded:
+            loaded.forget()
         progress(index + 1, layers)
     losses = []
     for passing in passes:

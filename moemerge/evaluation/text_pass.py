@@ -1,6 +1,6 @@
 """Windows of text on their way through a model, one layer after the other, on one device or several."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from typing import Any, Final
@@ -153,26 +153,41 @@ class TextPass:
 
 
 class LoadedOnce:
-    """Loads layers of models that run together: parameters made of the very same tensors are made once, and shared."""
+    """Loads layers of models that run together; one takes over parameters of the last that are made of its own tensors.
+
+    Those of the last model alone are held, so that there are two layers in memory at most.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, tuple[int, ...]], tuple[list[torch.Tensor], list[Any]]] = {}
-        """The tensors that a parameter was made of, and itself on each device, by its path and their addresses."""
+        self._held: dict[Hashable, tuple[list[torch.Tensor], list[Any]]] = {}
+        """The tensors that a parameter was made of, whose ids nothing else can have, and itself on each device."""
 
     def load(self, passing: TextPass, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give each copy of a pass's model the values of some tensors, in the dtype of the pass."""
         parts: dict[str, list[str]] = {}
         for name, path in paths_in_memory(passing.copies[0], tensors).items():
             parts.setdefault(path, []).append(name)
-        keys = {path: (path, tuple(id(tensors[name]) for name in names)) for path, names in parts.items()}
-        new = [path for path, key in keys.items() if key not in self._held]
-        passing.load({name: cast(tensors[name], passing.dtype) for path in new for name in parts[path]})
-        for path in new:
-            made = [getattr(*_place(copy, path)) for copy in passing.copies]
-            self._held[keys[path]] = [tensors[name] for name in parts[path]], made
-        for path in parts.keys() - set(new):
-            for copy, parameter in zip(passing.copies, self._held[keys[path]][1], strict=True):
-                setattr(*_place(copy, path), parameter)
+        # Classes differ in the dtype that a parameter has.
+        shared = (passing.model.model_type, passing.dtype, *passing.devices)
+        keys = {path: (shared, path, *(id(tensors[name]) for name in names)) for path, names in parts.items()}
+        before = self._held
+        passing.load(
+            {
+                name: cast(tensors[name], passing.dtype)
+                for path in parts
+                if keys[path] not in before
+                for name in parts[path]
+            }
+        )
+        self._held = {}
+        for path, names in parts.items():
+            if keys[path] in before:
+                self._held[keys[path]] = before[keys[path]]
+                for copy, parameter in zip(passing.copies, before[keys[path]][1], strict=True):
+                    setattr(*_place(copy, path), parameter)
+            else:
+                made = [getattr(*_place(copy, path)) for copy in passing.copies]
+                self._held[keys[path]] = [tensors[name] for name in names], made
 
     def forget(self) -> None:
         """Free all parameters that no model uses."""

@@ -240,7 +240,8 @@ def cut_windows(
     left, starts = tokens, [0] * len(encoded)
     while left > 0 and any(len(ids) > start for start, (_, _, ids, _) in zip(starts, encoded, strict=True)):
         for place, (document, added, ids, special) in enumerate(encoded):
-            start, most = starts[place], min([length, *first[len(windows) : len(windows) + 1]])
+            start = starts[place]
+            most = length if len(windows) >= len(first) else min(length, first[len(windows)])
             # What a template puts before a chat's first message, such as a system prompt, takes nothing from it.
             before = min(special.index(0), longest) if not start and 0 in special else 0
             end = min(start + most + before, start + longest, start + left + before)

@@ -111,7 +111,8 @@ def fit_rows(inputs: RouterInputs, request: PassRequest, fit: Fit, *, calibrated
 def _is_judged(layer: int, request: PassRequest) -> bool:
     """Whether a layer's rows are judged on held-out documents where nothing is fitted to these.
 
-    That is every fourth layer, since each is fitted twice more for it; all, if experts are absent from some.
+    That is every fourth layer, since each is fitted twice more for it; all, if experts are absent from some; and none
+    where nothing is reported.
     """
     if not request.reported:
         return False

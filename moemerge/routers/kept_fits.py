@@ -5,10 +5,8 @@ search makes routers that differ in these alone.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,14 +14,14 @@ import torch
 from moemerge.checkpoint.header import build_header, read_header
 from moemerge.errors import CheckpointError
 from moemerge.passes.weights import read_into
-from moemerge.routers.kept_folder import path_of
+from moemerge.routers.kept_folder import draft_of, path_of
 
 _ROWS = "rows"
 
 
 def hash_of(values: Sequence[object], tensors: Sequence[torch.Tensor]) -> str:
-    """Make a text that depends on some values and the contents of some tensors, and on the versions of the programs."""
-    key = hashlib.sha256(repr((values, version("moemerge"), version("torch"))).encode())
+    """Make a text that any change of some values, or of the contents of some tensors, changes."""
+    key = hashlib.sha256(repr(values).encode())
     for tensor in tensors:
         key.update(repr(tuple(tensor.shape)).encode())
         key.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -53,7 +51,7 @@ def kept_rows(folder: Path, key: str, fit: Callable[[], torch.Tensor]) -> torch.
 def _keep(path: Path, rows: torch.Tensor) -> None:
     rows = rows.float().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}")
+    draft = draft_of(path)
     header = build_header([(_ROWS, "F32", tuple(rows.shape), rows.nbytes)], {})
     draft.write_bytes(header + rows.view(torch.uint8).numpy().tobytes())
     draft.replace(path)

@@ -43,7 +43,7 @@ class PassRequest:
     kept_fits: Path | None = None
     """Folder that keeps rows that were fitted to labelled tokens."""
     reported: bool = True
-    """Whether it is measured what rows do with the prompts."""
+    """Whether to measure what the rows do with the prompts."""
 
     def absent(self, layer: int) -> frozenset[int]:
         """Experts that are absent from a layer."""

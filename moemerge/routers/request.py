@@ -61,4 +61,4 @@ class PassOptions:
     kept_fits: Path | None = None
     """Folder that keeps rows that were fitted to labelled tokens, before they are scaled."""
     reported: bool = True
-    """Whether it is measured what routers do with the prompts; without it, their report has no layers."""
+    """Whether to measure what routers do with the prompts; without it, their report has no layers."""

@@ -5,6 +5,7 @@ the best third of them on three times as much.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Final
@@ -21,7 +22,7 @@ Score = tuple[float, float]
 
 
 def first_windows(tokens: int, window: int) -> list[int]:
-    """Lengths of windows that all rounds but the last can end with, where so many tokens are read of a domain.
+    """Lengths of a domain's first windows, so that each round but the last ends where a window does.
 
     Args:
         tokens: tokens that are read.
@@ -29,19 +30,20 @@ def first_windows(tokens: int, window: int) -> list[int]:
     """
     lengths: list[int] = []
     for end in _ends(tokens)[:-1]:
-        left = max(0, end - sum(lengths))
-        count = math.ceil(left / window)
-        lengths += [left // count + (place < left % count) for place in range(count)]
+        left = end - sum(lengths)
+        if left >= SHORTEST:  # less is no round of its own
+            count = math.ceil(left / window)
+            lengths += [left // count + (place < left % count) for place in range(count)]
     return lengths
 
 
 def growing(lengths: Sequence[int]) -> list[range]:
     """Divide the windows of a domain into rounds by their lengths: the numbers of those that are new in each.
 
-    Rounds end where the text is nearest to their part of it, and all have at least the first window.
+    Each ends with the first window by which its part of the text is read.
     """
     until = list(accumulate(lengths))
-    counts = [1 + min(range(len(until)), key=lambda place: abs(until[place] - end)) for end in _ends(until[-1])]
+    counts = [1 + bisect_left(until, end) for end in _ends(until[-1])]
     return [range(start, end) for start, end in pairwise([0, *counts])]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moemerge.cluster import Cluster
@@ -15,15 +17,16 @@ from moemerge.progress import Progress, Stage, Task
 from moemerge.routers.initialisation import Routers
 from moemerge.routers.request import PassOptions
 from moemerge.searching.settings import TOGETHER
-from moemerge.searching.trying import Bench, Candidate, Failure, bench, listed
+from moemerge.searching.trying import TEMPORARY, Bench, Candidate, Failure, bench, listed
 
 
 class _Worker:
     """A process of the cluster, with router inputs of its own."""
 
-    def __init__(self, compute: Compute, options: PassOptions) -> None:
+    def __init__(self, compute: Compute, options: PassOptions, folder: Path) -> None:
         self._open = ExitStack()  # until the process ends
-        self._bench: Bench = self._open.enter_context(bench(compute, options, lambda *_: None))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bench: Bench = self._open.enter_context(bench(compute, options, lambda *_: None, folder))
 
     def make_routers(self, candidate: Candidate) -> Routers | Failure:
         """Make the routers of one candidate."""
@@ -87,10 +90,12 @@ def ray_workers(
     Raises:
         RefusedError: Ray is not installed, there is no such cluster, or it has no room for so many processes.
     """
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2097152")  # see `moemerge.cli.searching`
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "16777216")  # as `return_freed_memory` of moemerge.cli.console
     on_gpu = compute.device.type == "cuda"
-    with ray_cluster(address, count) as cluster:
+    # Processes that are killed, as when a search is interrupted, remove nothing; here that is done for them.
+    kept = TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)
+    with kept as folder, ray_cluster(address, count) as cluster:
         number = count or cluster.processes(on_gpu, most=TOGETHER)
-        with cluster.actors(_Worker, [(compute, options)] * number, on_gpu) as actors:
+        with cluster.actors(_Worker, [(compute, options, Path(folder))] * number, on_gpu) as actors:
             yield RayWorkers(cluster, actors, progress)
             cluster.results([actor.close.remote() for actor in actors])
