@@ -6,6 +6,7 @@ from rich.console import Console
 
 from moemerge.checkpoint.disk import shown_bytes
 from moemerge.cli.tables import Table
+from moemerge.evaluation.figures import FEWEST_DOCUMENTS
 
 if TYPE_CHECKING:
     from moemerge.searching.results import SearchResult, Trial
@@ -57,7 +58,9 @@ def _figures(trial: "Trial") -> list[str]:
 
 def _print_held_out(console: Console, found: "SearchResult") -> None:
     held = found.held_out
-    console.print("On held-out text, which the search did not see, with 95 % intervals over documents:")
+    few = [name for name, count in held.documents.items() if count < FEWEST_DOCUMENTS]
+    intervals = "" if len(few) == len(held.documents) else ", with 95 % intervals over documents"
+    console.print(f"On held-out text, which the search did not see{intervals}:")
     table = Table("", *held.losses, "mean of all")
     table.add_row(
         f"trial {found.chosen}",
@@ -71,5 +74,12 @@ def _print_held_out(console: Console, found: "SearchResult") -> None:
     console.print(f"Mean loss above that of the dense models ({named}): {held.against_dense.precise}")
     if held.against_first:
         console.print(f"Mean loss above that of trial 0, the first options: {held.against_first.precise}")
-    few = ", ".join(f"{name}: {count}" for name, count in held.documents.items())
-    console.print(f"Held-out documents: {few}")
+        if held.against_first.value > 0:
+            console.print("So the first options do better on text that the search did not see.")
+    counts = ", ".join(f"{name}: {count}" for name, count in held.documents.items())
+    console.print(f"Held-out documents: {counts}")
+    if few:
+        console.print(
+            f"Too few to be sure of {', '.join(few)}: intervals need {FEWEST_DOCUMENTS} documents. --max-tokens reads "
+            "more, if there are more, and --test names more."
+        )

@@ -1,7 +1,7 @@
 """A recipe: a merge config in which values may be open, checked completely before anything of it is tried."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -69,6 +69,8 @@ class Recipe:
     """The folder of its file, from which relative paths count."""
     document: Mapping[str, Any]
     """The document, with `Choice` and `Range` in the place of open values."""
+    node: yaml.Node | None
+    """The root of the file's YAML, which knows lines."""
 
     def make(self, ask: Ask) -> Made:
         """Make a merge config's document, with the values that `ask` gives."""
@@ -86,6 +88,10 @@ class Recipe:
         """
         return parse_config(made.key, self.name, self.folder)
 
+    def refusal(self, made: Made, placed: Iterable[tuple[Place, str]]) -> PlacedError:
+        """Make an error of problems in a document that was made of this recipe, with the recipe's lines."""
+        return PlacedError([(made.origin(place), problem) for place, problem in placed], self.name, self.node)
+
 
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe, and check every one of its options as a merge config is checked.
@@ -100,7 +106,7 @@ def load_recipe(path: Path) -> Recipe:
     problems = [*repeated_keys(node), *curly_quotes(node), *not_named(document), *reader.problems]
     if problems:  # others follow from them
         raise PlacedError(problems, name, node)
-    recipe = Recipe(name, path.parent, read)
+    recipe = Recipe(name, path.parent, read, node)
     if not recipe.first().asked:
         raise ConfigError(
             f"{name}: nothing is open in it, so there is nothing to search. Write choices or ranges, such as "

@@ -15,7 +15,7 @@ def chosen_text(found: SearchResult, folder: Path) -> str:
     tried = sum(not one.failure for one in found.trials)
     recipe, losses = Path(found.recipe).name, [f"{name} {loss.precise}" for name, loss in held.losses.items()]
     lines = [
-        f"Chosen by `moemerge search` from {tried} recipes of {recipe}, by {_OBJECTIVES[found.objective]}",
+        f"Chosen by `moemerge search` from {tried} merges of {recipe}, by {_OBJECTIVES[found.objective]}",
         f"(trial {found.chosen}, seed {found.seed}). Losses in nats per token, in {found.dtype}:",
         f"on the text that it was chosen by, in the mean: {trial.loss:.4f}",
         f"on held-out text, in the mean: {held.mean:.4f}; {', '.join(losses)}",

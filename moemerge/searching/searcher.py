@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from moemerge.config.problems import PlacedError
 from moemerge.config.recipe import Recipe, load_recipe
 from moemerge.evaluation.evaluator import read_domains
+from moemerge.planning.plan import MergePlan
+from moemerge.planning.planner import plan_merge
 from moemerge.progress import Progress
 from moemerge.routers.kept_folder import check_kept_states
 from moemerge.searching.dividing import divide
@@ -43,10 +46,20 @@ def search(
     if settings.kept_states is not None:
         check_kept_states(settings.kept_states)
     sampler = _sampler(loaded, settings)
+    plan = _first_plan(loaded, announce)
     parts = divide(read_domains(data), read_domains(test or {}, "--test"), settings.seed)
     from moemerge.searching.tried_search import run  # imports torch and transformers
 
-    return run(loaded, sampler, parts, settings, progress, announce)
+    return run(loaded, plan, sampler, parts, settings, progress, announce)
+
+
+def _first_plan(recipe: Recipe, announce: Callable[[str], None]) -> MergePlan:
+    """Plan the merge of all first options, which have to fit together."""
+    made = recipe.first()
+    try:
+        return plan_merge(recipe.config(made), announce=announce)
+    except PlacedError as error:
+        raise recipe.refusal(made, error.placed) from error
 
 
 def _sampler(recipe: Recipe, settings: SearchSettings) -> Sampler:

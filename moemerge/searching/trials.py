@@ -154,7 +154,8 @@ def shown(values: Mapping[str, str]) -> str:
 
 def _line(trial: Trial) -> str:
     """Say in a line how a recipe did."""
+    what = f"trial {trial.number} ({shown(trial.values)})"
     if trial.loss is None:
-        return f"recipe {trial.number} ({shown(trial.values)}) cannot be tried: {trial.failure}"
-    where = "all" if trial.complete else "the first"
-    return f"recipe {trial.number} ({shown(trial.values)}): {trial.loss:.4f} nats per token on {where} {trial.tokens}"
+        return f"{what} cannot be tried: {trial.failure}"
+    where = f"all {trial.tokens} tokens" if trial.complete else f"the first {trial.tokens} tokens, where it was stopped"
+    return f"{what}: {trial.loss:.4f} nats per token on {where}"

@@ -10,7 +10,7 @@ from moemerge.evaluation.figures import difference, estimate
 from moemerge.evaluation.kept_losses import KeptLosses
 from moemerge.evaluation.running import run_together
 from moemerge.passes.compute_dtype import find_compute
-from moemerge.planning.planner import plan_merge
+from moemerge.planning.plan import MergePlan
 from moemerge.progress import Progress, Task
 from moemerge.routers.request import PassOptions
 from moemerge.searching.dividing import Documents
@@ -28,14 +28,17 @@ from moemerge.searching.trying import Bench, Workers, bench
 
 def run(  # noqa: PLR0917
     recipe: Recipe,
+    plan: MergePlan,
     sampler: Sampler,
     parts: tuple[Documents, Documents],
     settings: SearchSettings,
     progress: Progress,
     announce: Callable[[str], None],
 ) -> SearchResult:
-    """Search as `moemerge.searching.searcher.search` does; `parts` are documents to search by, and those held out."""
-    plan = plan_merge(recipe.config(recipe.first()), announce=announce)
+    """Search as `moemerge.searching.searcher.search` does.
+
+    `plan` is that of all first options, and `parts` are documents to search by, and those held out.
+    """
     length = min(settings.window, int(plan.base.config["max_position_embeddings"]) - 1)
     reader = TextReader(plan.base_folder, plan.config.expert_names, settings.tokens, length, settings.roles)
     texts = SearchTexts.read_by(reader, *parts)
@@ -65,7 +68,7 @@ def _result(trials: Trials, references: References, progress: Progress) -> Searc
     settings, scores = trials.judge.settings, trials.complete()
     if not scores:
         failures = dict.fromkeys(trial.failure for trial in trials.trials.values())
-        raise IncompatibleError(f"{trials.recipe.name}: no recipe could be tried:", list(failures))
+        raise IncompatibleError(f"{trials.recipe.name}: none of its merges could be tried:", list(failures))
     chosen = winner(scores)
     return SearchResult(
         recipe=trials.recipe.name,
@@ -91,7 +94,7 @@ def _held_out(trials: Trials, chosen: int, references: References, progress: Pro
     def report(done: int, total: int) -> None:
         progress(Task("losses", "held-out text"), done, total)
 
-    found = run_together([(model, texts.windows) for model in models], references.compute, report)
+    found = run_together([(model, texts.windows) for model in models], references.compute, report, alike=True)
     own, *others = (sums_by_domain(texts, dict(enumerate(losses.tolist()))) for losses in found)
     dense = sums_by_domain(texts, references.losses(texts))
     losses = {name: estimate(sums) for name, sums in own.items()}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from moemerge.config.schema import MergeConfig
 from moemerge.errors import MoemergeError
@@ -33,7 +33,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"recipe {self.number}"
+        return f"trial {self.number}"
 
     @property
     def base_key(self) -> str:
@@ -43,6 +43,8 @@ class Candidate:
         return repr((config.base_model, config.shared_weights, config.dtype, models))
 
 
+TEMPORARY: Final = "moemerge-search-"
+"""How names of folders begin that are removed when a search ends."""
 Failure = str
 """Why a recipe could not be tried."""
 
@@ -89,7 +91,7 @@ class Bench:
         models = [self.model(candidate, reads) for reads in [LayerReads()] for candidate in candidates]
         report = partial(self.progress, Task("losses", listed(candidates)))
         try:
-            found = run_together([(model, windows) for model in models], self.compute, report)
+            found = run_together([(model, windows) for model in models], self.compute, report, alike=True)
         except MoemergeError:
             alone = (partial(run_together, [(model, windows)], self.compute, report) for model in models)
             return [one if isinstance(one := _tried(run), str) else one[0].tolist() for run in alone]
@@ -103,9 +105,16 @@ class Bench:
 
 
 @contextmanager
-def bench(compute: Compute, options: PassOptions, progress: Progress) -> Iterator[Bench]:
-    """A context with this process as the one worker; what it keeps is removed at the end, but given kept states."""
-    with tempfile.TemporaryDirectory(prefix="moemerge-search-") as folder:
+def bench(compute: Compute, options: PassOptions, progress: Progress, within: Path | None = None) -> Iterator[Bench]:
+    """A context with this process as the one worker; what it keeps is removed at the end, but given kept states.
+
+    Args:
+        compute: the device and dtype of losses.
+        options: how base models are run for the routers.
+        progress: called as models are run.
+        within: the folder in which it has its own; None for that of all temporary files.
+    """
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=within) as folder:
         states = options.kept_states or Path(folder) / "states"
         kept = replace(options, kept_states=states, kept_fits=Path(folder) / "fits", reported=False)
         yield Bench(compute, kept, progress)
@@ -128,4 +137,4 @@ def _named(progress: Progress, name: str) -> Progress:
 def listed(candidates: Sequence[Candidate]) -> str:
     """Name candidates in messages."""
     numbers = [str(candidate.number) for candidate in candidates]
-    return f"recipe{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+    return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"

@@ -18,7 +18,7 @@ def searched(folder, *options):
     command += [f"--data={name}={paths[0]}" for name, paths in data(folder).items()]
     command += ["--trials=10", "--max-tokens=200", "--window=20", "--compute-dtype=float32"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, "recipe 9" in done.stderr) == (0, True), done.stderr
+    assert (done.returncode, "trial 9 (" in done.stderr) == (0, True), done.stderr
     return json.loads(done.stdout)
 
 

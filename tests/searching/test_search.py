@@ -16,16 +16,23 @@ from moemerge.checkpoint.header import TensorInfo
 from moemerge.config.loading import parse_config
 from moemerge.errors import IncompatibleError, RefusedError
 from moemerge.evaluation import runnable
+from moemerge.evaluation.domain_texts import TextReader
+from moemerge.evaluation.evaluator import read_domains
 from moemerge.evaluation.figures import MERGED
+from moemerge.evaluation.runnable import open_mixture
+from moemerge.evaluation.running import run_model
 from moemerge.evaluation.settings import EvaluationSettings
+from moemerge.evaluation.text_pass import TextPass
 from moemerge.passes.compute_dtype import Compute
 from moemerge.passes.tokens import Window
 from moemerge.routers import kept_states, ridge
 from moemerge.routers.initialisation import init_routers
 from moemerge.routers.request import PassOptions
 from moemerge.searching.chosen_config import chosen_text
+from moemerge.searching.dividing import divide
 from moemerge.searching.searcher import search
 from moemerge.searching.settings import SearchSettings
+from moemerge.searching.texts import SearchTexts
 from moemerge.searching.trying import Candidate, bench
 from tests.support.recipes import OPEN, RECIPE, data, written
 
@@ -42,6 +49,18 @@ def counting(patch, module, name):
         return work(*arguments, **keys)
 
     patch.setattr(module, name, counted)
+    return calls
+
+
+def counted_loads(patch):
+    """Collects the names of the tensors at each loading of some into a model."""
+    calls, load = [], TextPass.load
+
+    def noted(self, tensors):
+        calls.append(list(tensors))
+        load(self, tensors)
+
+    patch.setattr(TextPass, "load", noted)
     return calls
 
 
@@ -102,7 +121,12 @@ def test_recipes_that_run_together_read_what_they_share_once(world, monkeypatch)
         ready = [replace(one, routers=rows) for one, rows in zip(candidates, routers, strict=True)]
         read = counting(monkeypatch, runnable, "read_into")
         window = Window(0, tuple(range(3, 23)), (False, *[True] * 19))
+        loaded = counted_loads(monkeypatch)
         losses = worker.losses(ready, [window])
+        # The second has all weights of the first, and the third has none of them, being of another dtype.
+        layers = [names for names in loaded if any(name.startswith("model.layers.0.") for name in names)]
+        assert [bool(names) for names in layers] == [True, True]
+        assert sorted(layers[0]) == sorted(layers[1])
         assert set(read.values()) == {1}
         assert len(read) == 2 * len(plan_merge(made[0]).outputs)  # in two dtypes
         assert [worker.losses([one], [window]) for one in ready] == [[one] for one in losses]
@@ -112,6 +136,13 @@ def test_the_chosen_config_merges_to_a_model_of_the_loss_that_was_found(found, w
     result = found[0]
     (tmp_path / "best.yaml").write_text(chosen_text(result, tmp_path))
     merge(plan_merge(load_config(tmp_path / "best.yaml")), tmp_path / "out")
+    trial = result.trials[result.chosen]
+    plan, documents = plan_merge(load_config(tmp_path / "best.yaml")), read_domains(data(world))
+    parts = divide(documents, {"code": documents["code"]}, SETTINGS.seed)
+    texts = SearchTexts.read_by(TextReader(plan.base_folder, plan.config.expert_names, 200, 20), *parts)
+    compute = Compute(torch.device("cpu"), torch.float32)
+    losses = run_model(open_mixture(tmp_path / "out").runnable, texts.searched.windows, compute)
+    assert texts.by_domain(dict(enumerate(losses.tolist()))) == pytest.approx(list(trial.losses.values()), abs=1e-6)
     settings = EvaluationSettings(tokens=200, window=20, compute_dtype="float32")
     again = evaluate(tmp_path / "out", {"code": data(world)["code"]}, settings).losses[MERGED]["code"]
     held_out = result.held_out.losses["code"]
@@ -187,7 +218,7 @@ def test_recipes_that_cannot_be_made_or_run_are_named_and_the_others_tried(world
     assert failures == [
         "",
         unknown,
-        f"recipe 2: {overflow}",
+        f"trial 2: {overflow}",
         unknown,
     ]
     assert (result.chosen, result.held_out.against_first) == (0, None)
@@ -196,10 +227,20 @@ def test_recipes_that_cannot_be_made_or_run_are_named_and_the_others_tried(world
     with pytest.raises(IncompatibleError) as refused:
         search(recipe, data(world), SETTINGS)
     assert str(refused.value).splitlines() == [
-        f"{recipe}: no recipe could be tried:",
-        f"  - recipe 0: {overflow}",
-        f"  - recipe 1: {overflow}",
+        f"{recipe}: none of its merges could be tried:",
+        f"  - trial 0: {overflow}",
+        f"  - trial 1: {overflow}",
     ]
+
+
+def test_models_that_are_not_there_are_named_with_the_recipe_s_lines(world, run):
+    experts = [*RECIPE["experts"][:2], {**RECIPE["experts"][2], "source_model": str(world / "proze")}]
+    recipe = written(world, experts=experts)
+    line = next(n for n, text in enumerate(recipe.read_text().splitlines(), 1) if "proze" in text)
+    code, _, errors = run("search", recipe, "-o", "-", f"--data=code={data(world)['code'][0]}")
+    head, problem = errors.splitlines()[:2]
+    assert (code, head) == (2, f"error: {recipe}: 1 problem:")
+    assert problem.startswith(f"  - line {line}: experts[2].source_model: {world / 'proze'}: there is no such folder")
 
 
 @pytest.mark.parametrize(
@@ -236,12 +277,14 @@ def test_the_command_prints_a_table_and_writes_a_config(world, tmp_path, run):
     lines = shown.splitlines()
     assert lines[1].split() == ["trial", "loss", "worst", "size", "active", "tokens", "experts_per_token"]
     assert {line.split()[0] for line in lines[2:4]} in ({"0*", "1"}, {"0", "1*"})
-    assert "On held-out text, which the search did not see, with 95 % intervals over documents:" in lines
+    assert "On held-out text, which the search did not see:" in lines
+    assert lines[-1] == (
+        "Too few to be sure of code, french: intervals need 5 documents. --max-tokens reads more, if there are more, and "
+        "--test names more."
+    )
     chosen = load_config(best)
     assert chosen.experts[0].source_model.endswith("/code")
-    assert best.read_text().startswith(
-        "# Chosen by `moemerge search` from 2 recipes of recipe.yaml, by the mean loss\n"
-    )
+    assert best.read_text().startswith("# Chosen by `moemerge search` from 2 merges of recipe.yaml, by the mean loss\n")
     assert run("search", recipe, *options, "-o", best)[::2] == (
         2,
         f"error: {best}: is there already. Name another file with -o, or pass --overwrite.\n",
