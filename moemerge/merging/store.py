@@ -65,7 +65,7 @@ class Store(Streamed):
         return self.output.held()
 
     def begin(self) -> None:
-        """Make sure that the store takes something; a model that is there stays until the first shard is made."""
+        """Make sure that the store takes something; what is there stays until the first shard is made."""
         self.output.claim()
 
     def _begin_sending(self, shards: Unfinished) -> None:

@@ -141,22 +141,19 @@ class StoreOutput:
         return {name: (sent.sha256, sent.bytes) for name, sent in whole.items() if files[name].nbytes == sent.bytes}
 
     def claim(self) -> None:
-        """Note that a merge begins here, unless a model is here to be kept, and so make sure that the store takes it.
+        """Note that a merge begins here, and so make sure that the store takes it, unless a model is here to be kept.
 
         The note of an unfinished merge stays until this one begins to send: if it is still under way elsewhere, it may
-        be complete by then.
+        be complete by then. Whether the store takes anything shows later then.
 
         Raises:
             BusyError: another merge has begun here meanwhile.
             OutputError: the store does not take it.
         """
-        if self._note.found is not None and COMPLETE not in self._folder.files:
-            self._announce(
-                f"{self.location}: holds a merge that was not completed. If it is still under way on another machine, "
-                "interrupt this one."
-            )
-        if COMPLETE in self._folder.files or "config.json" not in self._folder.files:
-            self._ask(lambda: self._note.put(self._noted(self.journal), takes_over=False))
+        if self._note.found is not None:
+            self._ask(self._note.check)
+        elif COMPLETE in self._folder.files or "config.json" not in self._folder.files:
+            self._ask(lambda: self._note.put(self._noted(self.journal)))
 
     def begin(self, journal: str, kept: Collection[str]) -> None:
         """Note that a merge has begun here, and remove all that is not kept: `config.json` and the index first.

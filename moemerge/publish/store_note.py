@@ -30,29 +30,23 @@ class StoreNote:
         """What an unfinished merge has noted, `journal` and `objects`; None where there was no note."""
         return None if self._found is None else _parsed(self._found)
 
-    def put(self, content: Mapping[str, Any], *, takes_over: bool = True) -> None:
-        """Put this merge's note.
+    def put(self, content: Mapping[str, Any]) -> None:
+        """Put this merge's note, in the place of the one that was there when the folder was listed.
 
-        Where there is none, the store is asked to take it only if there still is none, as S3 and Google's store can.
-
-        Args:
-            content: what it says.
-            takes_over: whether it replaces the note that was there when the folder was listed; otherwise the store is
-                only asked whether it takes anything.
+        Where there was none, the store is asked to take it only if there still is none, as S3 and Google's store can.
 
         Raises:
             BusyError: another merge has put its note meanwhile.
         """
         text = json.dumps({_MERGE: self._id, **content}, indent=2).encode() + b"\n"
-        if not self._is_put:
+        if self._found is None and not self._is_put:
             self._create(text)
-        now = self.check()
-        if now != text and (takes_over or now is None):
+        if self.check() != text:
             self._store.pipe_file(self._path, text)
             self._is_put = True
 
     def check(self) -> bytes | None:
-        """Make sure that no other merge has put its note since this one looked; returns what is there.
+        """Make sure that no other merge has put its note since the folder was listed; returns what is there.
 
         Raises:
             BusyError: another one has.

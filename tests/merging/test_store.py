@@ -17,7 +17,7 @@ from moemerge.publish import store as publish_store
 from moemerge.publish.store import StoreOutput
 from moemerge.sources.reference import location_of
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
-from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE
+from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE, StoreFolder
 from tests.support.machine import ROOT, SINGLE
 from tests.support.models import write_config
 
@@ -422,7 +422,23 @@ def test_a_store_that_knows_no_conditions_shows_the_other_merge_later(bucket):
     assert json.loads(place.files()[UNFINISHED])["journal"] == "journal"
 
 
-def test_the_note_of_a_merge_stays_until_another_one_begins_to_send(place):
+class Unconditional:
+    """A store that takes an object whether or not there is one."""
+
+    def __init__(self, fs):
+        self._fs = fs
+
+    def __getattr__(self, name):
+        return getattr(self._fs, name)
+
+    def pipe_file(self, path, value, **_):
+        self._fs.pipe_file(path, value)
+
+
+@pytest.mark.parametrize("knows_conditions", [True, False])
+def test_the_note_of_a_merge_stays_until_another_one_begins_to_send(place, knows_conditions, monkeypatch):
+    if not knows_conditions:
+        monkeypatch.setattr(StoreFolder, "store", property(lambda _: Unconditional(place.fs)))
     said = []
     running = StoreOutput(location_of(place.url), print)
     running.begin("journal", ())
