@@ -86,7 +86,7 @@ class StoreOutput:
     @property
     def shards(self) -> int:
         """The number of shards that an unfinished merge has sent."""
-        return len(self._sent)
+        return sum(_OURS.fullmatch(name) is not None for name in self._sent)
 
     def check(
         self,
@@ -235,11 +235,11 @@ class StoreOutput:
         self._note.remove()  # beside a complete model it means nothing
 
     def _check_sent(self) -> None:
-        """Refuse to go on where another merge writes, or has left weights that a reader might take for this model's."""
-        self._ask(self._note.check)
+        """Refuse to go on where another merge writes, or anything is there that this one has not sent."""
         now = self._list_again()
+        self._ask(self._note.check)  # the last before the next object is sent
         wrong = [name for name, sent in self._sent.items() if name not in now or now[name].identity != sent.identity]
-        wrong += [name for name in now if _OURS.fullmatch(name) and name not in self._sent]
+        wrong += [name for name in now if name not in self._sent and name != UNFINISHED]
         if wrong:
             raise OutputError(
                 f"{self.location}/{wrong[0]}: is not, or no longer, what this merge has sent. Look who else writes "

@@ -16,6 +16,7 @@ from moemerge.planning.options import PlanOptions
 from moemerge.publish import store as publish_store
 from moemerge.publish.store import StoreOutput
 from moemerge.sources.reference import location_of
+from moemerge.sources.remote_weights import TEMPLATES
 from moemerge.sources.store_files import COMPLETE, UNFINISHED
 from moemerge.sources.stores import PART_BYTES, PARTS_AT_ONCE, StoreFolder
 from tests.support.machine import ROOT, SINGLE
@@ -486,22 +487,29 @@ def test_a_merge_leaves_what_another_one_has_completed(place, config, llamas, tm
 
 
 def test_what_another_merge_sends_late_is_noticed_before_the_end(place, config, expected, run, monkeypatch):
-    shards, finish = [name for name in expected if name.startswith("model-")], StoreOutput.finish
-    for stray in (shards[1], SINGLE):
+    shards, check_sent = [name for name in expected if name.startswith("model-")], StoreOutput._check_sent
+    content, template = b"of another merge", f"{TEMPLATES}/rag.jinja"
+    for stray, check in ((shards[1], 1), (SINGLE, 1), (template, 1), ("chat_template.jinja", 2), (COMPLETE, 2)):
+        checks = []
 
-        def late(self, folder, stray=stray):
-            place.write(stray, b"of another merge")
-            finish(self, folder)
+        def late(self, stray=stray, check=check, checks=checks):
+            checks.append(self)
+            if len(checks) == check:
+                place.write(stray, content)
+            check_sent(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(StoreOutput, "finish", late)
+            patch.setattr(StoreOutput, "_check_sent", late)
             assert run(config, place.url, *SHARDS, "--quiet")[::2] == (
                 1,
                 f"{len(shards)} complete shards are kept in the store: --resume continues from them, a run without it starts "
                 f"over.\nerror: {place.url}/{stray}: is not, or no longer, what this merge has sent. Look who else "
                 "writes there, and run the same command with --resume: it sends what is missing.\n",
             )
-        assert {"config.json", COMPLETE}.isdisjoint(place.files())
+        files = place.files()
+        assert ("config.json" in files) == (check == 2)
+        assert files.get(COMPLETE, content) == content
+    place.fs.rm_file(f"{place.path}/{COMPLETE}")
     assert run(config, place.url, *SHARDS, "--resume", "--quiet") == (0, "", "")
     files = place.files()
     assert without_paths(files) == without_paths(expected) | {COMPLETE: files[COMPLETE]}
