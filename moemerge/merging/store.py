@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from moemerge.checkpoint.disk import cache_folder
 from moemerge.checkpoint.shards import Shard
 from moemerge.checkpoint.staging import journal_of
-from moemerge.errors import RefusedError
+from moemerge.errors import BusyError, RefusedError
 from moemerge.merging.destinations import Streamed, Unfinished
 from moemerge.merging.options import MergeOptions
 from moemerge.planning.plan import MergePlan
@@ -48,10 +48,18 @@ class Store(Streamed):
     @contextmanager
     def staged(self, plan: MergePlan, options: MergeOptions) -> Iterator[Path]:
         """A context with a folder that is removed at the end; the journal is the one in the store."""
-        with super().staged(plan, options) as folder:
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(super().staged(plan, options))
+            except BusyError:  # which names the folder in the cache
+                raise BusyError(
+                    f"{self.output.location}: another moemerge on this machine is writing to it. Wait for it to end."
+                ) from None
             self.output.look()  # a merge on this machine may have ended since
             self._check_place(plan, options)
             journal_of(folder).restore(self.output.journal if options.resume else "")
+            if not options.resume:
+                self.output.announce_unfinished()
             try:
                 yield folder
             except BaseException:

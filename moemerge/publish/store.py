@@ -140,6 +140,14 @@ class StoreOutput:
         whole = {n: sent for n, sent in self._sent.items() if n in files and files[n].identity == sent.identity}
         return {name: (sent.sha256, sent.bytes) for name, sent in whole.items() if files[name].nbytes == sent.bytes}
 
+    def announce_unfinished(self) -> None:
+        """Say that an unfinished merge is here, which may be under way elsewhere."""
+        if self._note.found is not None and COMPLETE not in self._folder.files:
+            self._announce(
+                f"{self.location}: holds an unfinished merge, which this one replaces. If it still runs on another "
+                "machine, stop this command now."
+            )
+
     def claim(self) -> None:
         """Note that a merge begins here, and so make sure that the store takes it, unless a model is here to be kept.
 

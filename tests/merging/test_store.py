@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from moemerge import load_config, merge, plan_merge
+from moemerge import MergeOptions, load_config, merge, plan_merge
+from moemerge.checkpoint.staging import staged
 from moemerge.errors import BusyError, OutputError, RefusedError
 from moemerge.merging.store import Store, scratch_for
 from moemerge.planning.options import PlanOptions
@@ -440,16 +441,11 @@ class Unconditional:
 def test_the_note_of_a_merge_stays_until_another_one_begins_to_send(place, knows_conditions, monkeypatch):
     if not knows_conditions:
         monkeypatch.setattr(StoreFolder, "store", property(lambda _: Unconditional(place.fs)))
-    said = []
     running = StoreOutput(location_of(place.url), print)
     running.begin("journal", ())
     files = place.files()
-    late, later = (StoreOutput(location_of(place.url), said.append) for _ in range(2))
+    late, later = (StoreOutput(location_of(place.url), print) for _ in range(2))
     late.claim()
-    assert said == [
-        f"{place.url}: holds a merge that was not completed. If it is still under way on another machine, interrupt "
-        "this one."
-    ]
     assert place.files() == files
     running.note("the running one goes on")
     for begin in (late.claim, lambda: late.begin("journal", ())):
@@ -463,6 +459,31 @@ def test_the_note_of_a_merge_stays_until_another_one_begins_to_send(place, knows
     assert str(raised.value) == busy(place)
     running.give_up()
     assert json.loads(place.files()[UNFINISHED])["journal"] == "later"
+
+
+def test_an_unfinished_merge_is_announced_unless_it_is_resumed(place, config, monkeypatch):
+    plan, location, said = plan_merge(load_config(config)), location_of(place.url), []
+
+    def fail(self, folder):
+        raise OutputError("it ends here.")
+
+    monkeypatch.setattr(StoreOutput, "finish", fail)
+    for options in (MergeOptions(), MergeOptions(resume=True), MergeOptions()):
+        assert said == []
+        with pytest.raises(OutputError, match=r"^it ends here\.$"):
+            merge(plan, Store(scratch_for(location), StoreOutput(location, said.append)), options)
+    assert said == [
+        f"{place.url}: holds an unfinished merge, which this one replaces. If it still runs on another machine, stop this "
+        "command now."
+    ]
+
+
+def test_of_two_merges_on_one_machine_the_second_is_told_the_address(place, config):
+    plan, location = plan_merge(load_config(config)), location_of(place.url)
+    with staged(scratch_for(location), temporary=True), pytest.raises(BusyError) as raised:
+        merge(plan, place.url)
+    assert str(raised.value) == (f"{place.url}: another moemerge on this machine is writing to it. Wait for it to end.")
+    assert place.files() == {}
 
 
 def test_a_merge_leaves_what_another_one_has_completed(place, config, llamas, tmp_path, monkeypatch):
