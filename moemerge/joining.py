@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from moemerge.cluster import Cluster
 from moemerge.errors import RefusedError
+from moemerge.packages import importing
 
 _LOCAL: Final = "local"
 _AUTO: Final = "auto"
@@ -29,12 +30,10 @@ def import_ray() -> Any:
     """Import Ray, and return its module.
 
     Raises:
-        RefusedError: it is not installed.
+        RefusedError: it is not installed, or lacks something.
     """
-    try:
+    with importing("ray", "--ray: ray is needed: pip install 'moemerge[ray]'."):
         import ray
-    except ImportError as error:
-        raise RefusedError("--ray: ray is needed: pip install 'moemerge[ray]'.") from error
     return ray
 
 

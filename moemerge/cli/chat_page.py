@@ -7,8 +7,9 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Final
 
-from moemerge.errors import MoemergeError, RefusedError
+from moemerge.errors import MoemergeError
 from moemerge.evaluation.routes.palette import page_colour
+from moemerge.packages import importing
 
 if TYPE_CHECKING:
     from moemerge.generation.answers import Answer, Token
@@ -21,16 +22,14 @@ _MONOSPACE: Final = ("ui-monospace", "monospace")
 
 
 def check_gradio() -> None:
-    """Refuse where gradio is not installed.
+    """Refuse where gradio is not installed, or lacks something.
 
     Raises:
         RefusedError: says how to install it.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before it is imported
-    try:
+    with importing("gradio", "--web: gradio is needed: pip install 'gradio>=6.31'."):
         import gradio  # noqa: F401
-    except ImportError as error:
-        raise RefusedError("--web: gradio is needed: pip install 'gradio>=6.31'.") from error
 
 
 def open_page(generator: "TextGenerator", ask: Ask) -> tuple[str, Callable[[], None]]:

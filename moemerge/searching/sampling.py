@@ -6,12 +6,17 @@ from typing import Any, Final, Protocol
 
 from moemerge.config.recipe import Made, Recipe, first_of
 from moemerge.config.recipe_points import Choice, Point
-from moemerge.errors import ConfigError, RefusedError
+from moemerge.errors import ConfigError
+from moemerge.packages import importing
 from moemerge.places import address
 from moemerge.searching.halving import Score
 
 # Options go together in too many ways to look at all of them.
 _MOST_LOOKED_AT: Final = 10_000
+_NEEDED: Final = (
+    "to choose recipes, optuna is needed: pip install 'moemerge[search]'. Without it, a search tries all recipes, "
+    "where there are no more than --trials, and the recipe has no ranges."
+)
 
 
 class Sampler(Protocol):
@@ -57,15 +62,10 @@ class Tpe:
             random: how many recipes are drawn at random first.
 
         Raises:
-            RefusedError: Optuna is not installed.
+            RefusedError: Optuna is not installed, or lacks something.
         """
-        try:
+        with importing("optuna", _NEEDED):
             import optuna
-        except ImportError as error:
-            raise RefusedError(
-                "to choose recipes, optuna is needed: pip install 'moemerge[search]'. Without it, a search tries all "
-                "recipes, where there are no more than --trials, and the recipe has no ranges."
-            ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._recipe, self._costs = recipe, costs
         with warnings.catch_warnings():  # that an option may change in later versions

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import IO, Any, Final
 
 from moemerge.errors import MoemergeError, NoSuchModelError, SourceError
-from moemerge.packages import need
+from moemerge.packages import need, why_not_imported
 from moemerge.printable import printable
 from moemerge.sources.reference import STORES, Location
 from moemerge.sources.remote_weights import TEMPLATES
@@ -79,10 +79,18 @@ class StoreFolder:
 
     @cached_property
     def store(self) -> Any:
-        """The store, as fsspec's implementation sees it."""
+        """The store, as fsspec's implementation sees it.
+
+        Raises:
+            SourceError: the implementation cannot be imported.
+        """
         import fsspec
 
-        return fsspec.filesystem(self.location.kind, **_OPTIONS.get(self.location.kind, {}))
+        try:
+            return fsspec.filesystem(self.location.kind, **_OPTIONS.get(self.location.kind, {}))
+        except ImportError as error:
+            reason = why_not_imported(STORES[self.location.kind], error)
+            raise SourceError(f"{self.location}: {reason}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Give what another process reads the folder by: a listing of its own tells it of all files at once.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moemerge.errors import RefusedError
+from moemerge.packages import importing
 from moemerge.texts.records import KEYS, is_record, no_known_keys
 
 _ROWS_AT_ONCE: Final = 64
@@ -17,12 +18,9 @@ def parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         RefusedError: pyarrow is not installed, or the file is damaged or has no such column.
     """
-    try:
+    needed = f"{file}: to read Parquet, pyarrow is needed: pip install pyarrow, or save it as .jsonl."
+    with importing("pyarrow", needed):
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise RefusedError(
-            f"{file}: to read Parquet, pyarrow is needed: pip install pyarrow, or save it as .jsonl."
-        ) from error
     with _explained(file), ParquetFile(file) as opened:
         names = opened.schema_arrow.names
         if not is_record(names):

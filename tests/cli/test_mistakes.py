@@ -148,6 +148,17 @@ def test_ray_is_asked_for_before_anything_is_read(told, monkeypatch):
     )
 
 
+def test_a_package_that_lacks_another_one_is_not_said_to_be_missing(told, monkeypatch, tmp_path):
+    (tmp_path / "ray.py").write_text("import what_ray_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    assert told("moemerge merge.yaml out --ray auto") == (
+        2,
+        "error: ray is installed, but cannot be imported (No module named 'what_ray_needs'). Install what is missing, or "
+        "ray again.\n",
+    )
+
+
 LONG = "a" * 300
 
 

@@ -3,9 +3,11 @@
 import json
 import pickle
 import shutil
+import sys
 from importlib import util
 
 import pytest
+from fsspec.registry import filesystem
 from safetensors.torch import load_file
 
 from moemerge import load_config, merge, plan_merge
@@ -152,6 +154,19 @@ def test_a_missing_package_is_named(monkeypatch, run):
     )
     assert run("inspect", "gs://bucket/model")[2].splitlines()[-1] == (
         "error: To reach gs://bucket/model, the package gcsfs is needed: pip install gcsfs."
+    )
+
+
+def test_a_package_that_lacks_another_one_says_so(tmp_path, monkeypatch, run):
+    (tmp_path / "s3fs.py").write_text("import what_s3fs_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "s3fs", raising=False)
+    monkeypatch.delitem(sys.modules[filesystem.__module__]._registry, "s3", raising=False)
+    assert run("inspect", "s3://bucket/model")[::2] == (
+        1,
+        "s3://bucket/model: looking it up in its store\n"
+        "error: s3://bucket/model: s3fs is installed, but cannot be imported (No module named 'what_s3fs_needs'). Install "
+        "what is missing, or s3fs again.\n",
     )
 
 
