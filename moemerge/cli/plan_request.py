@@ -8,6 +8,7 @@ from moemerge.cli.console import announcer
 from moemerge.cli.standard_input import STANDARD_INPUT, read_standard_input
 from moemerge.engines import ENGINES, NAMES, canonical_engine
 from moemerge.errors import ConfigError, RefusedError
+from moemerge.places import address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # A bare number below is a size in GB or MB whose unit was left out.
 _FEWEST_BARE_BYTES: Final = 1_000_000
+# Open values of a recipe that a message names.
+_SHOWN: Final = 3
 
 
 @dataclass(frozen=True)
@@ -42,23 +45,39 @@ class PlanRequest:
         """Read the config, with the engine that is asked for.
 
         Raises:
-            ConfigError: the file is no config, or a wrong one.
+            ConfigError: the file is no config, or a wrong one, or a recipe.
             RefusedError: there is no such engine.
         """
-        from moemerge.config.loading import load_config, parse_config
+        from moemerge.config.loading import parse_config
 
-        same = self.allow_identical_experts
         if self.given is not None:
             loaded = self.given
         elif str(self.config) == STANDARD_INPUT:
+            same = self.allow_identical_experts
             loaded = parse_config(read_standard_input(), "standard input", allow_identical_experts=same)
         else:
-            loaded = load_config(self.config, allow_identical_experts=same)
+            loaded = self._load()
         if self.engine is None:
             return loaded
         if canonical_engine(self.engine) not in ENGINES:
             raise RefusedError(f"--for: {self.engine!r} is not one of {', '.join(NAMES)}.")
         return loaded.model_copy(update={"engine": canonical_engine(self.engine)})
+
+    def _load(self) -> "MergeConfig":
+        from moemerge.config.loading import load_config
+
+        try:
+            return load_config(self.config, allow_identical_experts=self.allow_identical_experts)
+        except ConfigError:
+            names = _open_values(self.config)
+            if not names:
+                raise
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise ConfigError(
+            f"{self.config}: is a recipe, which leaves {', '.join(names[:_SHOWN])}{more} open. `moemerge search "
+            f"{self.config} --data NAME=PATH` tries what they may be, and writes the config of the best one.",
+            [],
+        )
 
     def local_models(self) -> list[Path]:
         """Find the folders of models that a config file names, without those of the Hub and names that lead nowhere.
@@ -75,6 +94,16 @@ class PlanRequest:
         if str(self.config) == STANDARD_INPUT:
             return []
         return [folder for _, reference in references_of(self.read()) for folder in local_folders(reference)]
+
+
+def _open_values(config: Path) -> list[str]:
+    """Name what a recipe leaves open; nothing of a file that is no recipe, or a wrong one."""
+    from moemerge.config.recipe import load_recipe
+
+    try:
+        return [address(point.place) for point in load_recipe(config).first().asked]
+    except ConfigError:
+        return []
 
 
 def plan_from(

@@ -19,6 +19,10 @@ MERGEKIT_YAML = (
     "is a config of mergekit-yaml, which makes one dense model of several. moemerge puts their FFNs side by side as "
     "experts: `moemerge init BASE EXPERT...` writes a merge config from their names."
 )
+RECIPE = (
+    "recipe.yaml: is a recipe, which leaves experts_per_token open. `moemerge search recipe.yaml --data NAME=PATH` tries "
+    "what they may be, and writes the config of the best one."
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,7 @@ def place(tmp_path_factory, llamas) -> Path:
     for model in llamas:
         (folder / model.name).symlink_to(model)
     write_config(folder / "merge.yaml", "base", ["fox", "code"])
+    write_config(folder / "recipe.yaml", "base", ["fox", "code"], experts_per_token=[1, 2])
     texts = {
         "empty.yaml": "",
         "comment.yaml": "# nothing yet\n",
@@ -130,6 +135,8 @@ def told(place, monkeypatch, capsys):
         ("moemerge ties.yaml out", f"ties.yaml: {MERGEKIT_YAML}"),
         ("moemerge plan slices.yaml", f"slices.yaml: {MERGEKIT_YAML}"),
         ("moemerge compose.yaml out", f"compose.yaml: has none of the keys of a merge config, such as base_model and experts. {BEGIN}"),
+        ("moemerge plan recipe.yaml", RECIPE),
+        ("moemerge recipe.yaml out", RECIPE),
         ("moemerge names.yaml out", "names.yaml: expected keys such as base_model and experts, found ['base', 'fox']. `moemerge init BASE EXPERT...` writes a merge config."),
     ],
 )  # fmt: skip
