@@ -9,4 +9,4 @@ DEVICES: Final = "auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
 
 def is_device(name: str) -> bool:
     """Whether a device may have this name; `auto` is the best one."""
-    return re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name) is not None
+    return re.fullmatch(r"auto|cpu|mps(:0)?|(cuda|xpu)(:\d+)?", name) is not None

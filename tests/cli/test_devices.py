@@ -117,6 +117,10 @@ def test_what_is_not_finite_on_one_of_several_devices_is_said_as_on_one(run, out
             "error: device 'gpu' cannot be used here: it is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps. Choose ",
         ),
         (
+            ("merge", "--devices=mps:0,mps:1"),
+            "error: --device: 'mps:1' is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.",
+        ),
+        (
             ("merge", "--devices=cpu,gpu"),
             "error: --device: 'gpu' is not one of auto, cpu, cuda, cuda:N, xpu, xpu:N, mps.",
         ),
