@@ -13,6 +13,7 @@ from moemerge.errors import (
     DamagedModelError,
     IncompatibleError,
     MoemergeError,
+    NoSuchModelError,
     RefusedError,
     SourceError,
 )
@@ -132,10 +133,11 @@ def _placed(config: MergeConfig, errors: Mapping[str, MoemergeError]) -> Moemerg
         looks = isinstance(reason, SourceError) and "Did you mean" not in str(reason) and not split_expert(reference)
         near = nearest_model(reference, folders) if looks else None
         problems.append((place, f"{reason}{f' Did you mean {near}?' if near else ''}"))
-    failures = [reason for reason in errors.values() if reason.exit_code == 1]
+    failures = [one for one in errors.values() if not isinstance(one, RefusedError | NoSuchModelError)]
     kind = next((CheckpointError if isinstance(one, CheckpointError) else SourceError for one in failures), None)
     if len(errors) == 1 and not config.written:  # there is no line to find it by
-        return (kind or type(reason))(problems[0][1])
+        (only,) = errors.values()
+        return (kind or type(only))(problems[0][1])
     refusal = refusal_of(config, problems)
     return kind(str(refusal)) if kind else refusal
 
