@@ -117,12 +117,12 @@ def _candidates(asked: str, given: str | None) -> list[MoeFamily]:
 
 def _headline(key: str, engine: Engine | None) -> str:
     """Say why no family was chosen, as the first line of the error; the key is what asks for a family, if anything."""
-    asks = "as --for, or engine in the config, asks"
-    if engine and key:
+    asked = f"{ENGINES[engine]}, which --for or `engine` asks for" if engine else ""
+    if asked and key:
         name = key.partition(":")[0]
-        return f"{key} is not what {ENGINES[engine]} reads rightly, {asks}; without {name} another family may be"
-    if engine:
-        return f"{ENGINES[engine]} reads no output family rightly that can hold this merge, {asks}"
+        return f"{key} is not read rightly by {asked}. Leave out `{name}`, and another family may fit"
+    if asked:
+        return f"{asked}, reads no output family rightly that can hold this merge"
     if key:
         return f"{key} cannot hold this merge; without the key the best that fits is taken"
     return "No output family can hold this merge"

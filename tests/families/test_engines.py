@@ -313,8 +313,8 @@ def test_an_engine_that_is_asked_for_refuses_what_it_gets_wrong():
     with pytest.raises(IncompatibleError) as caught:
         choose("qwen2", architecture="granitemoe", engine="vllm")
     assert str(caught.value) == (
-        "architecture: 'granitemoe' is not what vLLM reads rightly, as --for, or engine in the config, asks; without "
-        "architecture another family may be:\n  - granitemoe: vLLM computes something else, log-probabilities up to "
+        "architecture: 'granitemoe' is not read rightly by vLLM, which --for or `engine` asks for. Leave out "
+        "`architecture`, and another family may fit:\n  - granitemoe: vLLM computes something else, log-probabilities up to "
         f"{trouble.apart:.2g} off, with biases of queries, keys and values"
     )
     assert choose("qwen2", engine="vllm").family.model_type == "granitemoehybrid"
@@ -374,8 +374,8 @@ def test_a_family_that_moemerge_does_not_write_is_right_in_llamacpp_by_its_conve
     with pytest.raises(IncompatibleError) as caught:
         choose("qwen3_5_text", architecture="qwen3_5_moe_text", engine="llamacpp")
     assert str(caught.value) == (
-        "architecture: 'qwen3_5_moe_text' is not what llama.cpp reads rightly, as --for, or engine in the config, asks; "
-        f"without architecture another family may be:\n  - qwen3_5_moe_text: llama.cpp fails ({NOT_WRITTEN}) always"
+        "architecture: 'qwen3_5_moe_text' is not read rightly by llama.cpp, which --for or `engine` asks for. Leave out "
+        f"`architecture`, and another family may fit:\n  - qwen3_5_moe_text: llama.cpp fails ({NOT_WRITTEN}) always"
     )
 
 

@@ -134,8 +134,8 @@ def test_engines_are_asked_about_the_class_with_towers(tmp_path, kind):
             with pytest.raises(IncompatibleError) as caught:
                 planned(engine)
             assert str(caught.value) == (
-                f"keep_vision: '{output}' is not what {ENGINES[engine]} reads rightly, as --for, or engine in the config, "
-                f"asks; without keep_vision another family may be:\n  - {output}: {ENGINES[engine]} {trouble.words}"
+                f"keep_vision: '{output}' is not read rightly by {ENGINES[engine]}, which --for or `engine` asks for. Leave "
+                f"out `keep_vision`, and another family may fit:\n  - {output}: {ENGINES[engine]} {trouble.words}"
             )
 
 
