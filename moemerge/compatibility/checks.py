@@ -95,7 +95,7 @@ def check_base(
     ffn = _ffns(model)
     ffn_layers = layers if family.keeps_dense_ffn else ffn_layers
     kept = {name: axes for layer in ffn_layers for name, axes in model.ffn(layer).items()}
-    _check_tensors(
+    misfits = _check_tensors(
         "base_model",
         model,
         *_readable("base_model", tensors, expected | kept, found, takes_all=True),
@@ -105,7 +105,7 @@ def check_base(
         ),
         found=found,
     )
-    _check_quantisation("base_model", model, tensors, found)
+    _check_quantisation("base_model", model, tensors, found, misfits)
     dropped = sorted(set(model.unread) - SILENT_KEYS)
     if dropped:
         found.notes.append(
@@ -132,10 +132,10 @@ def check_expert(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo]
         attends = inside[2] in beside and "norm" not in inside[2]
         return shared == "base" and attends and int(inside[1]) < model.layers
 
-    _check_tensors(
+    misfits = _check_tensors(
         name, model, *_readable(name, tensors, _ffns(model), found), allowed=rest, never_taken=never_taken, found=found
     )
-    _check_quantisation(name, model, tensors, found)
+    _check_quantisation(name, model, tensors, found, misfits)
     return found
 
 
@@ -193,8 +193,13 @@ def _quantised(model: DenseModel, shown_by: str = "") -> str:
     )
 
 
-def _check_quantisation(name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], found: Findings) -> None:
-    """Tell a model of a method that is not read from one whose `config.json` only kept settings from its training."""
+def _check_quantisation(
+    name: str, model: DenseModel, tensors: Mapping[str, TensorInfo], found: Findings, misfits: Sequence[str]
+) -> None:
+    """Tell a model of a method that is not read from one whose `config.json` only kept settings from its training.
+
+    In the former, other tensors than are expected follow from the method: these `misfits` are no problems of their own.
+    """
     if not model.quantised or kinds_of(tensors.values()):
         return
     if not found.problems:
@@ -203,8 +208,9 @@ def _check_quantisation(name: str, model: DenseModel, tensors: Mapping[str, Tens
             "plain numbers without scales, and is merged as such"
         )
     elif model.quantised not in METHODS:
-        shown_by = found.problems[0].removeprefix(name)  # it is the cause of them all
-        found.problems[:] = [f"{name}: {_quantised(model, shown_by)}"]
+        shown_by = misfits[0].removeprefix(name) if misfits else ""
+        others = [problem for problem in found.problems if problem not in misfits]
+        found.problems[:] = [f"{name}: {_quantised(model, shown_by)}", *others]
 
 
 def _readable(
@@ -244,12 +250,14 @@ def _check_tensors(
     allowed: Mapping[str, Axes],
     never_taken: Callable[[str], bool],
     found: Findings,
-) -> None:
+) -> list[str]:
+    """Compare names, dtypes and shapes; returns the problems with names."""
     dense = model.family
     missing = [tensor for tensor in required if tensor not in tensors]
     extra = [t for t in tensors if t not in required and t not in allowed and not t.endswith(dense.derived)]
-    found.problems += _listed(name, "is missing", missing)
-    found.problems += _listed(name, "has no place in a merge", [tensor for tensor in extra if not never_taken(tensor)])
+    misfits = _listed(name, "is missing", missing)
+    misfits += _listed(name, "has no place in a merge", [tensor for tensor in extra if not never_taken(tensor)])
+    found.problems += misfits
     found.notes += _listed(name, "is not used by the mixture", list(filter(never_taken, extra)))
     strange = [tensor for tensor in required if tensor in tensors and tensors[tensor].dtype not in CONFIG_DTYPES]
     found.problems += _listed(
@@ -263,6 +271,7 @@ def _check_tensors(
         if tensor in tensors and tensor not in strange and tensors[tensor].shape != model.shape(axes)
     ]
     found.problems += _listed(name, "has another shape than config.json says", wrong)
+    return misfits
 
 
 def _listed(name: str, what: str, tensors: Iterable[str]) -> list[str]:

@@ -175,14 +175,26 @@ def test_a_quantised_expert_of_an_unknown_method_is_refused(tmp_path, models, ki
     )
 
 
-def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models):
-    tensors = load_weights(models[1])
+@pytest.mark.parametrize("method", ["fp8", "hqq"])
+def test_what_else_is_wrong_with_a_model_that_speaks_of_quantisation_is_told(tmp_path, models, method):
+    tensors, other = load_weights(models[1]), FFN.replace("layers.1", "layers.0")
     del tensors[f"{FFN}.weight"]
+    rows, columns = tensors[f"{other}.weight"].shape
+    tensors[f"{other}.weight"] = tensors[f"{other}.weight"][1:].clone()
     save_weights(models[1], tensors)
-    edit_json(models[1] / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_json(models[1] / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(IncompatibleError) as refused:
         plan_of(tmp_path, models)
-    assert refused.value.problems == (f"experts[0] {models[1]}: tensor {FFN}.weight is missing",)
+    missing = {
+        "fp8": f"tensor {FFN}.weight is missing",
+        "hqq": f"is quantised (hqq), and of the methods of quantisation {', '.join(METHODS)} alone are read: tensor "
+        f"{FFN}.weight is missing. Use the original weights, or dequantise it",
+    }[method]
+    assert refused.value.problems == (
+        f"experts[0] {models[1]}: {missing}",
+        f"experts[0] {models[1]}: tensor {other}.weight (expected [{rows}, {columns}], found [{rows - 1}, {columns}]) has "
+        "another shape than config.json says",
+    )
 
 
 def test_another_name_of_the_same_activation_is_the_same(tmp_path, llamas, models):
