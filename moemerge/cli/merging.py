@@ -190,7 +190,7 @@ def _plan_options(target: Target, reading: ReadingOptions, push: PushOptions, *,
     to_file = is_gguf(target.out)
     return PlanOptions(
         target=None if push.push_streaming or target.store or to_file else target.out,
-        to_store=target.store is not None,
+        to_store=target.store is not None and target.store.location.kind != "file",
         weights="stream" if reading.stream or dry_run else "auto",
         routing_table=reading.routing_table,
         proves_tokenizer=not dry_run,

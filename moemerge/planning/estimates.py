@@ -26,10 +26,12 @@ _LIBRARIES_BYTES: Final = 300_000_000
 _PASS_BYTES: Final = 110_000_000
 # The Hub's client, at work in several threads.
 _HUB_BYTES: Final = 50_000_000
-# s3fs with its libraries, and 8 requests of 8 MiB at a time, each held twice.
-_STORE_BYTES: Final = 220_000_000
-# s3fs with its libraries, and what it sends at a time, held twice, measured with 2 and 4 parts of 8 and 16 MiB.
-_UPLOAD_BYTES: Final = 50_000_000 + 2 * PART_BYTES * PARTS_AT_ONCE
+# s3fs with its libraries.
+_STORE_BYTES: Final = 50_000_000
+# 8 requests of 8 MiB at a time, each held twice.
+_FETCH_BYTES: Final = 170_000_000
+# What s3fs sends at a time, held twice, measured with 2 and 4 parts of 8 and 16 MiB.
+_UPLOAD_BYTES: Final = 2 * PART_BYTES * PARTS_AT_ONCE
 # Bytes that loading a tokenizer takes for each byte of its tokenizer.json.
 _TOKENIZER_FACTOR: Final = 14
 # A layer holds four rows of the FFN's width in float32 for each of 1024 tokens at a time.
@@ -44,8 +46,8 @@ def peak_memory_bytes(
 ) -> int:
     """Estimate the peak of resident memory in bytes: libraries, one layer for the pass over the prompts, and matrices.
 
-    Matrices are held as a whole where they are transposed, or dequantised from columns. With `to_store`, the output is
-    sent to an object store.
+    Matrices are held as a whole where they are transposed, or dequantised from columns. With `to_store`, the client of
+    an object store sends the output.
     """
     layer = _largest_layer_bytes(parts.base)
     chooses = config.shared_weights.is_open
@@ -60,7 +62,8 @@ def peak_memory_bytes(
     return (
         _PROGRAM_BYTES
         + _HUB_BYTES * on_hub
-        + _STORE_BYTES * in_store
+        + _STORE_BYTES * (in_store or to_store)
+        + _FETCH_BYTES * in_store
         + _UPLOAD_BYTES * to_store
         + _matrix_bytes(outputs, CONNECTIONS if on_hub or in_store else MAX_THREADS)
         + _LIBRARIES_BYTES * imports_transformers

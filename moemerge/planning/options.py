@@ -27,7 +27,7 @@ class PlanOptions:
     unnamed temporary file.
     """
     to_store: bool = False
-    """Whether the output will be sent to an object store, whose client then takes memory, too."""
+    """Whether the client of an object store will send the output, which takes memory, too; none is for `file:///`."""
     weights: Literal["auto", "stream"] = "auto"
     """How weights of Hub models that are not in the cache are read.
 

@@ -68,7 +68,7 @@ class MergePlan:
     compared_bytes: int
     """Bytes that the plan has read from other machines to compare the experts with the base."""
     to_store: bool
-    """Whether the output will be sent to an object store."""
+    """Whether the client of an object store will send the output."""
     remake: Callable[[MergeConfig], "MergePlan"] = field(repr=False, compare=False)
     """A function that plans the same models, in the same shape, with other shared weights."""
     shared_choice: SharedChoice | None = None

@@ -224,6 +224,14 @@ def test_the_plan_counts_the_memory_of_what_is_sent(bucket, config, tmp_path, ru
     assert 0.9 * taken < to_store - alone < 1.3 * taken
 
 
+def test_the_plan_counts_no_memory_for_what_is_copied_to_a_folder(config, tmp_path, run):
+    here, there = (
+        json.loads(run(config, out, "--dry-run", "--json")[1])["peak_memory_bytes"]
+        for out in (tmp_path / "out", (tmp_path / "store" / "out").as_uri())
+    )
+    assert here == there
+
+
 def test_a_store_that_takes_nothing_says_so_before_the_work(bucket, config, run):
     bucket.server.before("PUT", "out/*", lambda: 403)
     code, _, said = run(config, bucket.url("out"), "--quiet")
