@@ -128,7 +128,7 @@ Devices = Annotated[str, devices_option("Device that runs the model")]
 
 def ray_option(what: str) -> Any:
     """The option for a Ray cluster; `what` is done in its processes."""
-    where = "local begins some on this machine, auto finds the cluster that it belongs to"
+    where = "local begins one on this machine, auto finds the one that it belongs to, HOST:PORT leads to another one"
     return typer.Option(metavar="ADDRESS", show_default=False, help=f"{what}: {where}.")
 
 
