@@ -22,6 +22,7 @@ from moemerge.engines import ENGINES
 from moemerge.planning.output import Computed, Output
 from moemerge.planning.plan import MergePlan
 from moemerge.sources.reference import Reference
+from moemerge.sources.stores import StoreFolder
 
 if TYPE_CHECKING:
     from moemerge.routers.report import RoutingReport
@@ -118,6 +119,16 @@ def _engines(plan: MergePlan) -> str:
     return f"right in {right}{f'; not tried with {untried}' if untried else ''}"
 
 
+def _download_row(plan: MergePlan) -> dict[str, str]:
+    kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
+    needed, whole = f"{size(plan.download_bytes)} of {size(plan.remote_bytes)}", "; else all, into the cache"
+    origins = [source.origin for source in plan.sources if not isinstance(source.origin, Path)]
+    if any(isinstance(origin, Reference) for origin in origins):
+        return {"to download": f"{needed} with --stream{kept}{whole}"}
+    is_here = all(isinstance(origin, StoreFolder) and origin.location.kind == "file" for origin in origins)
+    return {"to read" if is_here else "to download": f"{needed}{kept}"}
+
+
 def print_plan(console: Console, plan: MergePlan) -> None:
     """Print the plan: its facts, where its tensors come from, and advice."""
     facts = Grid.grid(padding=(0, 2))
@@ -137,10 +148,7 @@ def print_plan(console: Console, plan: MergePlan) -> None:
     chosen_later = f"{', '.join(plan.candidates)}: chosen when the merge begins, shown here as the base's"
     rows |= {"shared weights": chosen_later} if plan.is_open else {}
     if plan.remote_bytes:
-        kept = f", of which {size(plan.kept_bytes)} stay on the disk until the end" if plan.kept_bytes else ""
-        needed, whole = f"{size(plan.download_bytes)} of {size(plan.remote_bytes)}", "; else all, into the cache"
-        on_hub = any(isinstance(source.origin, Reference) for source in plan.sources)
-        rows["to download"] = f"{needed} with --stream{kept}{whole}" if on_hub else f"{needed}{kept}"
+        rows |= _download_row(plan)
     for name, value in rows.items():
         facts.add_row(name, value)
     console.print(facts)

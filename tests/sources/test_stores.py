@@ -246,6 +246,12 @@ def test_a_file_that_changes_after_the_plan_is_noticed_where_a_store_compares_no
     )
 
 
+def test_nothing_is_to_be_downloaded_from_a_folder_here(tmp_path, llamas, run):
+    config = write_config(tmp_path / "m.yaml", as_store(llamas[0]), [as_store(llamas[1]), llamas[2]], prompts=False)
+    rows = [row.split(maxsplit=2) for row in run("plan", config, "--quiet")[1].splitlines()]
+    assert [row[:2] for row in rows if row[:1] == ["to"]] == [["to", "read"]]
+
+
 def test_pickles_are_refused_since_ranges_do_not_tell_what_is_in_them(tmp_path, llamas, run):
     pickled = shutil.copytree(llamas[0], tmp_path / "pickled")
     (pickled / SINGLE).rename(pickled / "pytorch_model.bin")
