@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, Final
 
 from moemerge.cluster import Cluster
@@ -59,22 +59,36 @@ def ray_cluster(address: str, count: int | None) -> Iterator[Cluster]:
         try:
             yield Cluster(ray)
         finally:
-            with redirect_stdout(sys.stderr):
+            said = _RaysNews(sys.stderr)  # by this thread: what was held back as repeated
+            with redirect_stdout(said), redirect_stderr(said):
                 ray.shutdown()
 
 
-class _Results:
-    """Standard output, to which Ray's threads do not write."""
+class _RaysNews:
+    """A stream for what Ray says, without what moemerge says shorter."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._drops = stream, False
 
     def write(self, text: str) -> int:
-        """Write what a command has found; what Ray says goes to standard error, if it is news."""
-        if not threading.current_thread().name.startswith("ray_"):
-            return int(self._stream.write(text))
+        """Write what is news."""
         self._drops = any(known in text for known in _KNOWN) or (self._drops and text == "\n")
-        return len(text) if self._drops else int(sys.stderr.write(text))
+        return len(text) if self._drops else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _ApartFromRay:
+    """A standard stream, to which Ray's threads do not write."""
+
+    def __init__(self, stream: Any, news: _RaysNews) -> None:
+        self._stream, self._news = stream, news
+
+    def write(self, text: str) -> int:
+        """Write what a command says; what Ray says goes to another stream."""
+        by_ray = threading.current_thread().name.startswith("ray_")
+        return int((self._news if by_ray else self._stream).write(text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -83,12 +97,12 @@ class _Results:
 @contextmanager
 def _results_apart() -> Iterator[None]:
     """A context in which Ray's messages, as of a process that died, are not printed among a command's results."""
-    given = sys.stdout
-    sys.stdout = _Results(given)
+    given = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_ApartFromRay(stream, _RaysNews(given[1])) for stream in given)
     try:
         yield
     finally:
-        sys.stdout = given
+        sys.stdout, sys.stderr = given
 
 
 def check_address(address: str) -> None:

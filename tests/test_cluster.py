@@ -11,7 +11,7 @@ import pytest
 from moemerge import cluster
 from moemerge.cluster import Cluster
 from moemerge.errors import CheckpointError, ConfigError, MoemergeError, RefusedError, TooLargeError
-from moemerge.joining import check_address, ray_cluster
+from moemerge.joining import _results_apart, check_address, ray_cluster
 from tests.support.stand_in_ray import Ray, RayError, RayTaskError, sent
 
 DONE: list[object] = []
@@ -217,3 +217,20 @@ def test_addresses_where_no_cluster_can_be_are_refused():
         check_address(address)
     check_address("local")
     check_address("auto")
+
+
+def test_what_ray_says_of_processes_that_were_ended_is_left_out(capsys):
+    """Ray prints what its processes say from threads of its own, to either stream."""
+
+    def say():
+        print("killed by `ray.kill`", file=sys.stderr)
+        print("killed by `ray.kill`")
+        print("a machine was lost")
+
+    with _results_apart():
+        thread = threading.Thread(target=say, name="ray_print_logs")
+        thread.start()
+        thread.join()
+        print("a result")
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr() == ("a result\n", "a machine was lost\na warning\n")
