@@ -170,24 +170,17 @@ class LoadedOnce:
         # Classes differ in the dtype that a parameter has.
         shared = (passing.model.model_type, passing.dtype, *passing.devices)
         keys = {path: (shared, path, *(id(tensors[name]) for name in names)) for path, names in parts.items()}
-        before = self._held
-        passing.load(
-            {
-                name: cast(tensors[name], passing.dtype)
-                for path in parts
-                if keys[path] not in before
-                for name in parts[path]
-            }
-        )
-        self._held = {}
+        new = [name for path, names in parts.items() if keys[path] not in self._held for name in names]
+        passing.load({name: cast(tensors[name], passing.dtype) for name in new})
+        before, self._held = self._held, {}
         for path, names in parts.items():
-            if keys[path] in before:
-                self._held[keys[path]] = before[keys[path]]
-                for copy, parameter in zip(passing.copies, before[keys[path]][1], strict=True):
-                    setattr(*_place(copy, path), parameter)
+            held = before.get(keys[path])
+            if held is None:
+                held = [tensors[name] for name in names], [getattr(*_place(copy, path)) for copy in passing.copies]
             else:
-                made = [getattr(*_place(copy, path)) for copy in passing.copies]
-                self._held[keys[path]] = [tensors[name] for name in names], made
+                for copy, parameter in zip(passing.copies, held[1], strict=True):
+                    setattr(*_place(copy, path), parameter)
+            self._held[keys[path]] = held
 
     def forget(self) -> None:
         """Free all parameters that no model uses."""
@@ -202,4 +195,4 @@ def _place(whole: Any, path: str) -> tuple[Any, str]:
 
 def _owner(whole: Any, name: str) -> Any:
     """Find the module of a model that has a tensor of its checkpoint."""
-    return whole.get_submodule(path_in_memory(whole, name).rpartition(".")[0])
+    return _place(whole, path_in_memory(whole, name))[0]
