@@ -118,10 +118,9 @@ class StoreOutput:
         names = [name for name in self._folder.files if name != UNFINISHED]
         if not names:
             return
-        unfinished = self._note.found is not None and COMPLETE not in names
         if resume and not overwrite and COMPLETE in names:
             raise nothing_to_resume(self.location)
-        if not (unfinished or overwrite):
+        if not (self._is_unfinished or overwrite):
             raise RefusedError(
                 f"{self.location}: is not empty ({len(names)} objects, among them {min(names)!r}). Choose another "
                 "address, or replace what is there with --overwrite."
@@ -140,9 +139,14 @@ class StoreOutput:
         whole = {n: sent for n, sent in self._sent.items() if n in files and files[n].identity == sent.identity}
         return {name: (sent.sha256, sent.bytes) for name, sent in whole.items() if files[name].nbytes == sent.bytes}
 
+    @property
+    def _is_unfinished(self) -> bool:
+        """Whether a merge has begun here, and none was completed."""
+        return self._note.found is not None and COMPLETE not in self._folder.files
+
     def announce_unfinished(self) -> None:
         """Say that an unfinished merge is here, which may be under way elsewhere."""
-        if self._note.found is not None and COMPLETE not in self._folder.files:
+        if self._is_unfinished:
             self._announce(
                 f"{self.location}: holds an unfinished merge, which this one replaces. If it still runs on another "
                 "machine, stop this command now."
