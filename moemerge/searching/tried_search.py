@@ -46,20 +46,19 @@ def run(  # noqa: PLR0917
     dense = DenseModels.open(plan, texts.searched, announce)
     references = References(dense, compute, KeptLosses(settings.kept_losses, compute), progress)
     options = PassOptions(settings.device, settings.compute_dtype, kept_states=settings.kept_states)
-    with bench(compute, options, progress) as here, _workers(here, settings) as workers:
+    with bench(compute, options, progress) as here, _workers(here, settings, options) as workers:
         judge = Judge(texts, references.losses(texts.searched), settings)
         trials = Trials(recipe, sampler, judge, here, announce)
         trials.run(workers)
         return _result(trials, references, progress)
 
 
-def _workers(here: Bench, settings: SearchSettings) -> AbstractContextManager[Workers]:
+def _workers(here: Bench, settings: SearchSettings, options: PassOptions) -> AbstractContextManager[Workers]:
     """A context with what tries recipes: this process, or those of a Ray cluster."""
     if settings.ray is None:
         return nullcontext(here)
     from moemerge.searching.ray_workers import ray_workers  # imports Ray, an extra
 
-    options = PassOptions(settings.device, settings.compute_dtype, kept_states=settings.kept_states)
     return ray_workers(settings.ray, settings.workers, here.compute, options, here.progress)
 
 
